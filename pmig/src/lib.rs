@@ -1,1 +1,16 @@
+//! Live migration of running Linux processes.
+//!
+//! Imports go one way: `sys, proc <- tracee <- state <- image <- protocol <-
+//! source, target <- cli`. `ARCHITECTURE.md` at the top of the repository
+//! explains the road a migration takes and the invariants each module keeps.
 
+pub mod error;
+pub mod fault;
+pub mod phase;
+pub mod protocol;
+pub mod state;
+pub mod sys;
+pub mod tracee;
+pub mod transport;
+
+pub use error::{Error, Obstacle, Result};

@@ -1,0 +1,182 @@
+use std::io::{self, Read};
+use std::time::Duration;
+
+use serde::de::DeserializeOwned;
+use serde::Serialize;
+
+use crate::error::{Error, Result};
+use crate::transport::Link;
+
+/// The longest serialised message either side accepts, in bytes. Page and file
+/// contents do not count: they follow their message raw.
+pub const MAX_MESSAGE: usize = 16 << 20;
+
+const CONFIG: bincode::config::Configuration<
+    bincode::config::LittleEndian,
+    bincode::config::Varint,
+    bincode::config::Limit<MAX_MESSAGE>,
+> = bincode::config::standard().with_limit::<MAX_MESSAGE>();
+
+/// Serialises a message; fails where it is larger than [`MAX_MESSAGE`].
+pub fn encode(message: &impl Serialize) -> Result<Vec<u8>> {
+    let body = bincode::serde::encode_to_vec(message, CONFIG)
+        .map_err(|e| Error::bad("message to send", e))?;
+    if body.len() > MAX_MESSAGE {
+        return Err(Error::bad(
+            "message to send",
+            format!("{} bytes are too many", body.len()),
+        ));
+    }
+    Ok(body)
+}
+
+/// Reads a message back; every byte must be used.
+pub fn decode<T: DeserializeOwned>(body: &[u8]) -> Result<T> {
+    let (message, used) = bincode::serde::decode_from_slice(body, CONFIG)
+        .map_err(|e| Error::bad("message from peer", e))?;
+    if used != body.len() {
+        return Err(Error::bad(
+            "message from peer",
+            format!("{} bytes too long", body.len() - used),
+        ));
+    }
+    Ok(message)
+}
+
+/// A connection that carries messages (length, then bincode) and raw bytes.
+pub struct Wire {
+    link: Box<dyn Link>,
+    /// Bytes sent, frames included.
+    pub sent: u64,
+    /// Bytes received, frames included.
+    pub received: u64,
+}
+
+impl Wire {
+    pub fn new(link: Box<dyn Link>) -> Wire {
+        Wire {
+            link,
+            sent: 0,
+            received: 0,
+        }
+    }
+
+    pub fn peer(&self) -> String {
+        self.link.peer()
+    }
+
+    pub fn link(&self) -> &dyn Link {
+        &*self.link
+    }
+
+    /// A second handle on the same connection, with counters of its own.
+    pub fn try_clone(&self) -> Result<Wire> {
+        self.link
+            .try_clone()
+            .map(Wire::new)
+            .map_err(|e| self.broken(e))
+    }
+
+    /// Every later read or write that waits longer than this fails.
+    pub fn set_deadline(&self, after: Duration) -> Result<()> {
+        self.link
+            .set_deadline(Some(after))
+            .map_err(|e| self.broken(e))
+    }
+
+    pub fn send(&mut self, message: &impl Serialize) -> Result<()> {
+        self.send_with(message, &[])
+    }
+
+    /// Sends a message and the raw bytes that belong to it.
+    pub fn send_with(&mut self, message: &impl Serialize, raw: &[u8]) -> Result<()> {
+        let body = encode(message)?;
+        let mut head = (body.len() as u32).to_le_bytes().to_vec();
+        head.extend_from_slice(&body);
+        let all = (head.len() + raw.len()) as u64;
+        write_all_pair(&mut *self.link, &head, raw).map_err(|e| self.broken(e))?;
+        self.sent += all;
+        Ok(())
+    }
+
+    pub fn recv<T: DeserializeOwned>(&mut self) -> Result<T> {
+        let mut len = [0; 4];
+        self.recv_raw(&mut len)?;
+        let len = u32::from_le_bytes(len) as usize;
+        if len > MAX_MESSAGE {
+            return Err(Error::bad(
+                format!("message from {}", self.peer()),
+                format!("{len} bytes are announced, at most {MAX_MESSAGE} are taken"),
+            ));
+        }
+        // Grown as bytes arrive: an announced length alone costs no memory.
+        let mut body = Vec::new();
+        let got = (&mut *self.link)
+            .take(len as u64)
+            .read_to_end(&mut body)
+            .map_err(|e| self.broken(e))?;
+        if got < len {
+            return Err(self.broken(io::ErrorKind::UnexpectedEof.into()));
+        }
+        self.received += len as u64;
+        decode(&body)
+    }
+
+    /// Reads raw bytes that were announced by a message.
+    pub fn recv_raw(&mut self, buf: &mut [u8]) -> Result<()> {
+        self.link.read_exact(buf).map_err(|e| self.broken(e))?;
+        self.received += buf.len() as u64;
+        Ok(())
+    }
+
+    fn broken(&self, cause: io::Error) -> Error {
+        let cause = match cause.kind() {
+            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
+                io::Error::new(io::ErrorKind::TimedOut, "no answer within the time allowed")
+            }
+            io::ErrorKind::UnexpectedEof => {
+                io::Error::new(io::ErrorKind::UnexpectedEof, "closed by the other side")
+            }
+            _ => cause,
+        };
+        Error::Link {
+            peer: self.peer(),
+            cause,
+        }
+    }
+}
+
+fn write_all_pair(to: &mut dyn Link, mut a: &[u8], mut b: &[u8]) -> io::Result<()> {
+    while !a.is_empty() || !b.is_empty() {
+        let n = match to.write_vectored(&[io::IoSlice::new(a), io::IoSlice::new(b)]) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(n) => n,
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+            Err(e) => return Err(e),
+        };
+        let from_a = n.min(a.len());
+        a = &a[from_a..];
+        b = &b[n - from_a..];
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_message_with_bytes_left_over_is_refused() {
+        let mut body = encode(&7u32).unwrap();
+        assert_eq!(decode::<u32>(&body).unwrap(), 7);
+        body.push(0);
+        assert!(decode::<u32>(&body).is_err());
+    }
+
+    #[test]
+    fn a_hostile_length_inside_a_message_allocates_nothing() {
+        // A vector that claims 2^60 elements.
+        let body = [253, 0, 0, 0, 0, 0, 0, 0, 16];
+        assert!(decode::<Vec<u64>>(&body).is_err());
+    }
+}

@@ -1,0 +1,1 @@
+//! One room for each kind of state a process is made of.

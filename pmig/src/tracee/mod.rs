@@ -1,0 +1,1 @@
+//! Hands inside another process.

@@ -1,0 +1,154 @@
+use std::io::{self, Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream, ToSocketAddrs};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::time::Duration;
+
+use nix::sys::socket::{setsockopt, sockopt};
+
+use super::{Addr, Link};
+
+/// How long an attempt to connect may take.
+const CONNECT: Duration = Duration::from_secs(10);
+
+/// A connection that has not acknowledged anything for this long is dead.
+const SILENCE_MS: u32 = 20_000;
+
+/// Reaches the pmig that listens at `addr`.
+pub fn connect(addr: &Addr) -> io::Result<Box<dyn Link>> {
+    match addr {
+        Addr::Tcp { host, port } => {
+            let mut last = None;
+            for at in (host.as_str(), *port).to_socket_addrs()? {
+                match TcpStream::connect_timeout(&at, CONNECT) {
+                    Ok(stream) => return Ok(Box::new(tcp(stream, host.clone())?)),
+                    Err(e) => last = Some(e),
+                }
+            }
+            Err(last.unwrap_or_else(|| io::Error::other("the name has no address")))
+        }
+        Addr::Unix(path) => Ok(Box::new(Plain {
+            peer: path.display().to_string(),
+            stream: UnixStream::connect(path)?,
+        })),
+    }
+}
+
+fn tcp(stream: TcpStream, peer: String) -> io::Result<Plain<TcpStream>> {
+    // The freeze sends small messages and waits for each answer.
+    stream.set_nodelay(true)?;
+    setsockopt(&stream, sockopt::KeepAlive, &true)?;
+    setsockopt(&stream, sockopt::TcpKeepIdle, &5)?;
+    setsockopt(&stream, sockopt::TcpKeepInterval, &5)?;
+    setsockopt(&stream, sockopt::TcpUserTimeout, &SILENCE_MS)?;
+    Ok(Plain { stream, peer })
+}
+
+/// Waits for other pmigs.
+pub enum Listener {
+    Tcp(TcpListener),
+    Unix(UnixListener),
+}
+
+impl Listener {
+    pub fn bind(addr: &Addr) -> io::Result<Listener> {
+        match addr {
+            Addr::Tcp { host, port } => {
+                TcpListener::bind((host.as_str(), *port)).map(Listener::Tcp)
+            }
+            Addr::Unix(path) => {
+                // A socket that nobody answers is the leaving of a dead server.
+                let stale = std::fs::symlink_metadata(path)
+                    .is_ok_and(|m| m.file_type().is_socket())
+                    && UnixStream::connect(path).is_err();
+                if stale {
+                    std::fs::remove_file(path)?;
+                }
+                UnixListener::bind(path).map(Listener::Unix)
+            }
+        }
+    }
+
+    pub fn accept(&self) -> io::Result<Box<dyn Link>> {
+        match self {
+            Listener::Tcp(l) => {
+                let (stream, from) = l.accept()?;
+                Ok(Box::new(tcp(stream, from.ip().to_string())?))
+            }
+            Listener::Unix(l) => {
+                let (stream, _) = l.accept()?;
+                Ok(Box::new(Plain {
+                    stream,
+                    peer: "a local socket".into(),
+                }))
+            }
+        }
+    }
+
+    /// The descriptor, for handing it on or waiting on it.
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Listener::Tcp(l) => l.as_fd(),
+            Listener::Unix(l) => l.as_fd(),
+        }
+    }
+}
+
+struct Plain<S> {
+    stream: S,
+    peer: String,
+}
+
+macro_rules! link {
+    ($stream:ty) => {
+        impl Read for Plain<$stream> {
+            fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+                self.stream.read(buf)
+            }
+        }
+
+        impl Write for Plain<$stream> {
+            fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+                self.stream.write(buf)
+            }
+
+            fn write_vectored(&mut self, bufs: &[io::IoSlice<'_>]) -> io::Result<usize> {
+                self.stream.write_vectored(bufs)
+            }
+
+            fn flush(&mut self) -> io::Result<()> {
+                Ok(())
+            }
+        }
+
+        impl Link for Plain<$stream> {
+            fn try_clone(&self) -> io::Result<Box<dyn Link>> {
+                Ok(Box::new(Plain {
+                    stream: self.stream.try_clone()?,
+                    peer: self.peer.clone(),
+                }))
+            }
+
+            fn set_deadline(&self, after: Option<Duration>) -> io::Result<()> {
+                self.stream.set_read_timeout(after)?;
+                self.stream.set_write_timeout(after)
+            }
+
+            fn cut(&self) {
+                let _ = self.stream.shutdown(Shutdown::Both);
+            }
+
+            fn peer(&self) -> String {
+                self.peer.clone()
+            }
+
+            fn fd(&self) -> BorrowedFd<'_> {
+                self.stream.as_fd()
+            }
+        }
+    };
+}
+
+link!(TcpStream);
+link!(UnixStream);
