@@ -6,8 +6,10 @@
 
 pub mod error;
 pub mod fault;
+pub mod interrupt;
 pub mod phase;
 pub mod protocol;
+pub mod report;
 pub mod state;
 pub mod sys;
 pub mod tracee;
