@@ -3,3 +3,4 @@
 
 pub mod ptrace;
 pub mod raw;
+pub mod runner;

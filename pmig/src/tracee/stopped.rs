@@ -1,0 +1,754 @@
+//! A stopped process.
+
+use std::fs::{File, OpenOptions};
+use std::marker::PhantomData;
+use std::os::unix::fs::FileExt;
+use std::time::{Duration, Instant};
+
+use super::batch::Head;
+use super::ground::{lines, Ground};
+use super::home::{frame, frame_len};
+use super::{Batch, Done, RemoteAddr};
+use crate::error::{Context, Error, Result};
+use crate::sys::ptrace::{self, Change, Regs, RseqConfig};
+use crate::sys::runner;
+
+/// How long a process may take to stop, or to execute a batch.
+const PATIENCE: Duration = Duration::from_secs(10);
+const PAGE: u64 = 4096;
+
+/// In the arguments of [`Stopped::prime`]: the address of its data.
+pub const DATA: u64 = 0xda7a_da7a_da7a_da7a;
+
+/// What became of a call that was to be left hanging.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Primed {
+    /// It waits: a restart block is in place, and the program goes on in it
+    /// when its registers say so (rax -516).
+    Armed,
+    /// It was over at once, with this result.
+    Finished(i64),
+}
+
+/// Memory of the process that holds the runner (first page) and its table.
+#[derive(Debug, Clone, Copy)]
+struct Scratch {
+    at: u64,
+    len: u64,
+}
+
+impl Scratch {
+    fn table(&self) -> u64 {
+        self.at + PAGE
+    }
+}
+
+/// What keeps a live program safe while it runs our calls.
+struct Home {
+    ground: Ground,
+    sp: u64,
+    bp: u64,
+}
+
+/// A single-threaded process in ptrace-stop, held by this thread.
+///
+/// Not `Clone`, not `Send`: ptrace obeys only the thread that attached. Letting
+/// the process go consumes it. Dropping it is the net for errors on the way:
+/// the program gets its registers and signals back and goes on.
+pub struct Stopped {
+    pid: i32,
+    mem: File,
+    /// What the program will have when it goes on.
+    regs: Regs,
+    mask: u64,
+    /// Whether the kernel holds other registers at present.
+    displaced: bool,
+    /// Whether a mask of ours is in force.
+    masked: bool,
+    /// Whether a system call may be taken up again from the present stop.
+    at_syscall: bool,
+    scratch: Option<Scratch>,
+    /// `None` for a husk, which nobody else lives in.
+    home: Option<Home>,
+    ground: Option<Ground>,
+    live: bool,
+    /// The signal whose delivery ends a batch; `None`: step by system calls.
+    end: Option<i32>,
+    /// Signals that came in between, sent again at the end.
+    held: Vec<i32>,
+    over: bool,
+    _thread: PhantomData<*const ()>,
+}
+
+impl Stopped {
+    /// Stops a running process. No system call it is in will return EINTR for
+    /// it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Gone`] when it died, [`Error::Bad`] when it is stopped by job
+    /// control.
+    pub fn seize(pid: i32) -> Result<Stopped> {
+        let mem = open_mem(pid)?;
+        ptrace::seize(pid, ptrace::TRACESYSGOOD).map_err(|e| match e.raw_os_error() {
+            Some(libc::ESRCH) => Error::Gone(pid),
+            _ => Error::Os {
+                op: "attach to",
+                object: format!("process {pid}"),
+                cause: e,
+            },
+        })?;
+        let mut s = Stopped {
+            pid,
+            mem,
+            regs: Regs::default(),
+            mask: 0,
+            displaced: false,
+            masked: false,
+            at_syscall: false,
+            scratch: None,
+            home: None,
+            ground: None,
+            live: true,
+            end: None,
+            held: Vec::new(),
+            over: false,
+            _thread: PhantomData,
+        };
+        ptrace::interrupt(pid).context("stop process", pid)?;
+        s.await_stop()?;
+        s.regs = ptrace::regs(pid).context("read the registers of", pid)?;
+        s.mask = ptrace::sigmask(pid).context("read the signal mask of", pid)?;
+        let mut regs = s.regs;
+        undo_eintr(&mut regs);
+        s.leave_rseq_section(&mut regs);
+        if regs != s.regs {
+            s.set_regs(&regs)?;
+        }
+        Ok(s)
+    }
+
+    /// Takes over a process that this thread seized and that stands at a trap,
+    /// with the runner mapped at `scratch`.
+    pub(crate) fn husk(pid: i32, scratch: RemoteAddr, len: u64) -> Result<Stopped> {
+        Ok(Stopped {
+            pid,
+            mem: open_mem(pid)?,
+            regs: ptrace::regs(pid).context("read the registers of", pid)?,
+            mask: 0,
+            displaced: true,
+            masked: false,
+            at_syscall: false,
+            scratch: Some(Scratch { at: scratch.0, len }),
+            home: None,
+            ground: None,
+            live: false,
+            end: Some(libc::SIGURG),
+            held: Vec::new(),
+            over: false,
+            _thread: PhantomData,
+        })
+    }
+
+    /// Spares the search for the way home, when one was made before the stop.
+    pub fn on(mut self, ground: Ground) -> Stopped {
+        self.ground = Some(ground);
+        self
+    }
+
+    pub fn pid(&self) -> i32 {
+        self.pid
+    }
+
+    /// The program's registers, as at the stop or as last set.
+    pub fn regs(&self) -> Regs {
+        self.regs
+    }
+
+    /// Sets what the program will have when it goes on.
+    pub fn set_regs(&mut self, regs: &Regs) -> Result<()> {
+        if !self.displaced {
+            ptrace::set_regs(self.pid, regs).context("set the registers of", self.pid)?;
+        }
+        self.regs = *regs;
+        Ok(())
+    }
+
+    /// FPU and vector state, as the NT_X86_XSTATE register set.
+    pub fn xstate(&self) -> Result<Vec<u8>> {
+        ptrace::xstate(self.pid).context("read the vector state of", self.pid)
+    }
+
+    pub fn set_xstate(&mut self, state: &[u8]) -> Result<()> {
+        ptrace::set_xstate(self.pid, state).context("set the vector state of", self.pid)
+    }
+
+    /// The signals that the program blocks.
+    pub fn sigmask(&self) -> u64 {
+        self.mask
+    }
+
+    /// Sets what the program will block when it goes on.
+    pub fn set_sigmask(&mut self, mask: u64) -> Result<()> {
+        if !self.masked {
+            ptrace::set_sigmask(self.pid, mask).context("set the signal mask of", self.pid)?;
+        }
+        self.mask = mask;
+        Ok(())
+    }
+
+    /// A queue of pending signals, of the thread or of the process.
+    pub fn pending(&self, shared: bool) -> Result<Vec<[u8; 128]>> {
+        ptrace::pending(self.pid, shared).context("read the pending signals of", self.pid)
+    }
+
+    pub fn rseq(&self) -> Result<RseqConfig> {
+        ptrace::rseq(self.pid).context("read the rseq area of", self.pid)
+    }
+
+    /// Reads memory, whatever its protection.
+    pub fn read(&self, at: RemoteAddr, buf: &mut [u8]) -> Result<()> {
+        self.mem
+            .read_exact_at(buf, at.0)
+            .context("read memory of", format_args!("{} at {at}", self.pid))
+    }
+
+    /// Writes memory, whatever its protection.
+    pub fn write(&self, at: RemoteAddr, buf: &[u8]) -> Result<()> {
+        self.mem
+            .write_all_at(buf, at.0)
+            .context("write memory of", format_args!("{} at {at}", self.pid))
+    }
+
+    /// /proc/PID/mem, open for both.
+    pub fn mem(&self) -> &File {
+        &self.mem
+    }
+
+    /// Memory that is ours at present and no part of the program.
+    pub fn scratch(&self) -> Option<(u64, u64)> {
+        self.scratch.map(|s| (s.at, s.at + s.len))
+    }
+
+    /// Executes a batch inside the process.
+    pub fn run(&mut self, batch: Batch) -> Result<Done> {
+        self.mask_for_batch()?;
+        self.room_for(batch.len())?;
+        let scratch = self.scratch.expect("made just now");
+        let (home_sp, home_bp, home_ip) = self
+            .home
+            .as_ref()
+            .map_or((0, 0, 0), |h| (h.sp, h.bp, h.ground.syscall));
+        let table = batch.table(
+            scratch.table(),
+            &Head {
+                pid: self.pid,
+                signal: self.end.unwrap_or(0),
+                scratch: scratch.at,
+                scratch_len: scratch.len,
+                home_sp,
+                home_bp,
+                home_ip,
+            },
+        );
+        self.write(RemoteAddr(scratch.table()), &table)?;
+        let mut regs = self.borrowed();
+        regs.rip = scratch.at;
+        regs.rbx = scratch.table();
+        self.displace(&regs)?;
+        match self.end {
+            Some(signal) => self.until_signal(signal)?,
+            None => self.until_last_call(&scratch)?,
+        }
+        let mut after = vec![0; table.len()];
+        self.read(RemoteAddr(scratch.table()), &mut after)?;
+        batch.done(self.pid, after)
+    }
+
+    /// Makes a call that will wait, and leaves it waiting with its restart
+    /// block in place. `data` is put where the arguments say [`DATA`].
+    pub fn prime(&mut self, number: i64, args: [u64; 6], data: &[u8]) -> Result<Primed> {
+        self.mask_for_batch()?;
+        self.room_for(data.len())?;
+        let scratch = self.scratch.expect("made just now");
+        self.write(RemoteAddr(scratch.table()), data)?;
+        let call = runner::code()
+            .windows(2)
+            .position(|w| w == [0x0f, 0x05])
+            .expect("the runner makes calls");
+        let arg = |i: usize| {
+            if args[i] == DATA {
+                scratch.table()
+            } else {
+                args[i]
+            }
+        };
+        let mut regs = self.borrowed();
+        regs.rip = scratch.at + call as u64;
+        regs.rax = number as u64;
+        (regs.rdi, regs.rsi, regs.rdx) = (arg(0), arg(1), arg(2));
+        (regs.r10, regs.r8, regs.r9) = (arg(3), arg(4), arg(5));
+        self.displace(&regs)?;
+        self.next_syscall_stop()?;
+        ptrace::interrupt(self.pid).context("interrupt process", self.pid)?;
+        ptrace::cont(self.pid, 0).context("continue process", self.pid)?;
+        self.await_stop()?;
+        self.at_syscall = false;
+        let result = ptrace::regs(self.pid)
+            .context("read the registers of", self.pid)?
+            .rax as i64;
+        Ok(match result {
+            -516 => Primed::Armed,
+            r => Primed::Finished(r),
+        })
+    }
+
+    /// Takes our memory out of the process and gives it its own registers and
+    /// mask; it stays stopped.
+    pub fn settle(&mut self) -> Result<()> {
+        if let Some(scratch) = self.scratch {
+            let at = self.syscall_instruction()?;
+            self.call_at(at, libc::SYS_munmap, [scratch.at, scratch.len, 0, 0, 0, 0])?;
+            self.scratch = None;
+        }
+        if self.at_syscall {
+            // Only on the way through signal handling does the kernel take up
+            // an interrupted call again.
+            ptrace::interrupt(self.pid).context("interrupt process", self.pid)?;
+            ptrace::cont(self.pid, 0).context("continue process", self.pid)?;
+            self.await_stop()?;
+            self.at_syscall = false;
+        }
+        if self.displaced {
+            ptrace::set_regs(self.pid, &self.regs).context("set the registers of", self.pid)?;
+            self.displaced = false;
+        }
+        if self.masked {
+            ptrace::set_sigmask(self.pid, self.mask).context("set the signal mask of", self.pid)?;
+            self.masked = false;
+        }
+        self.home = None;
+        Ok(())
+    }
+
+    /// Lets the process go on.
+    pub fn detach(mut self) -> Result<()> {
+        let settled = self.settle();
+        self.over = true;
+        let r = ptrace::detach(self.pid, 0).context("let go of process", self.pid);
+        for signal in self.held.drain(..) {
+            let _ = nix::sys::signal::kill(
+                nix::unistd::Pid::from_raw(self.pid),
+                nix::sys::signal::Signal::try_from(signal).ok(),
+            );
+        }
+        settled.and(r)
+    }
+
+    fn borrowed(&self) -> Regs {
+        Regs {
+            orig_rax: u64::MAX,
+            eflags: 0x202,
+            rsp: self.home.as_ref().map_or(self.regs.rsp, |h| h.sp),
+            rbp: self.home.as_ref().map_or(self.regs.rbp, |h| h.bp),
+            ..self.regs
+        }
+    }
+
+    fn displace(&mut self, regs: &Regs) -> Result<()> {
+        ptrace::set_regs(self.pid, regs).context("set the registers of", self.pid)?;
+        self.displaced = true;
+        Ok(())
+    }
+
+    /// Blocks all signals but the one that ends batches.
+    fn mask_for_batch(&mut self) -> Result<()> {
+        if self.masked {
+            return Ok(());
+        }
+        if self.live {
+            self.end = quiet_signal(self.pid)?;
+            self.prepare_home()?;
+        }
+        let open = self.end.map_or(0, |s| 1u64 << (s - 1));
+        ptrace::set_sigmask(self.pid, !open).context("set the signal mask of", self.pid)?;
+        self.masked = true;
+        Ok(())
+    }
+
+    fn prepare_home(&mut self) -> Result<()> {
+        let ground = match self.ground.take() {
+            Some(g) if g.holds(&self.mem) => g,
+            _ => Ground::survey(self.pid)?,
+        };
+        let xstate = self.xstate()?;
+        let len = (frame_len(xstate.len()) as u64).next_multiple_of(PAGE);
+        let base = unused_stack(self.pid, self.regs.rsp, len)?;
+        let frame = frame(
+            base,
+            &ground.gadget,
+            ground.syscall,
+            ground.back,
+            &self.regs,
+            &xstate,
+            self.mask,
+        )?;
+        self.write(RemoteAddr(base), &frame.bytes)?;
+        self.ground = Some(ground.clone());
+        self.home = Some(Home {
+            ground,
+            sp: frame.sp,
+            bp: frame.bp,
+        });
+        Ok(())
+    }
+
+    /// Makes sure that a table of `len` bytes fits.
+    fn room_for(&mut self, len: usize) -> Result<()> {
+        let want = (PAGE + len as u64).next_multiple_of(PAGE);
+        if self.scratch.is_some_and(|s| s.len >= want) {
+            return Ok(());
+        }
+        self.relocate_scratch(0, want.max(4 * PAGE))
+    }
+
+    /// Moves our memory to `at` (0: anywhere), with room for `len` bytes.
+    pub(crate) fn relocate_scratch(&mut self, at: u64, len: u64) -> Result<()> {
+        let call = self.syscall_instruction()?;
+        let anon = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as u64;
+        let fixed = if at == 0 {
+            0
+        } else {
+            libc::MAP_FIXED_NOREPLACE as u64
+        };
+        let (read, write, exec) = (
+            libc::PROT_READ as u64,
+            libc::PROT_WRITE as u64,
+            libc::PROT_EXEC as u64,
+        );
+        let new = self.call_at(
+            call,
+            libc::SYS_mmap,
+            [at, len, read | exec, anon | fixed, u64::MAX, 0],
+        )?;
+        // Executable first and writable after: the only order that a process
+        // under PR_SET_MDWE allows.
+        self.call_at(
+            call,
+            libc::SYS_mprotect,
+            [new + PAGE, len - PAGE, read | write, 0, 0, 0],
+        )?;
+        if let Some(old) = self.scratch {
+            self.call_at(call, libc::SYS_munmap, [old.at, old.len, 0, 0, 0, 0])?;
+        }
+        self.scratch = Some(Scratch { at: new, len });
+        self.write(RemoteAddr(new), runner::code())
+    }
+
+    /// Where a single call can be made from.
+    fn syscall_instruction(&self) -> Result<u64> {
+        if let Some(home) = &self.home {
+            return Ok(home.ground.syscall);
+        }
+        let vdso = lines(self.pid)?
+            .into_iter()
+            .find(|l| l.name == "[vdso]")
+            .ok_or_else(|| Error::bad(format!("process {}", self.pid), "it has no vdso"))?;
+        let mut code = vec![0; (vdso.end - vdso.start) as usize];
+        self.read(RemoteAddr(vdso.start), &mut code)?;
+        code.windows(2)
+            .position(|w| w == [0x0f, 0x05])
+            .map(|at| vdso.start + at as u64)
+            .ok_or_else(|| Error::bad("vdso", "it makes no system call"))
+    }
+
+    /// Makes one call with the instruction at `at`; an error of the call is an
+    /// error.
+    fn call_at(&mut self, at: u64, number: i64, args: [u64; 6]) -> Result<u64> {
+        let mut regs = self.borrowed();
+        regs.rip = at;
+        regs.rax = number as u64;
+        (regs.rdi, regs.rsi, regs.rdx) = (args[0], args[1], args[2]);
+        (regs.r10, regs.r8, regs.r9) = (args[3], args[4], args[5]);
+        self.displace(&regs)?;
+        self.next_syscall_stop()?;
+        self.next_syscall_stop()?;
+        self.at_syscall = true;
+        let result = ptrace::regs(self.pid)
+            .context("read the registers of", self.pid)?
+            .rax as i64;
+        if (-4095..0).contains(&result) {
+            return Err(Error::Os {
+                op: "make room",
+                object: format!("in process {}", self.pid),
+                cause: std::io::Error::from_raw_os_error(-result as i32),
+            });
+        }
+        Ok(result as u64)
+    }
+
+    fn next_syscall_stop(&mut self) -> Result<()> {
+        ptrace::cont_to_syscall(self.pid, 0).context("continue process", self.pid)?;
+        self.wait_for(|c| *c == Change::Syscall, ptrace::cont_to_syscall)
+    }
+
+    fn until_signal(&mut self, signal: i32) -> Result<()> {
+        let pid = self.pid;
+        ptrace::cont(pid, 0).context("continue process", pid)?;
+        self.wait_for(
+            |c| {
+                // Another one of that kind has no effect on the program, or it
+                // would not have been chosen.
+                *c == Change::Signal(signal)
+                    && ptrace::siginfo(pid).is_ok_and(|info| {
+                        let word = |at: usize| {
+                            i32::from_ne_bytes(info[at..at + 4].try_into().expect("four bytes"))
+                        };
+                        word(8) == libc::SI_TKILL && word(16) == pid
+                    })
+            },
+            ptrace::cont,
+        )?;
+        self.at_syscall = false;
+        Ok(())
+    }
+
+    /// Steps from call to call until the runner tells its end.
+    fn until_last_call(&mut self, scratch: &Scratch) -> Result<()> {
+        loop {
+            self.next_syscall_stop()?;
+            let regs = ptrace::regs(self.pid).context("read the registers of", self.pid)?;
+            self.next_syscall_stop()?;
+            let inside = (scratch.at..scratch.table()).contains(&regs.rip);
+            if inside && regs.orig_rax == libc::SYS_tgkill as u64 && regs.rdx == 0 {
+                self.at_syscall = true;
+                return Ok(());
+            }
+        }
+    }
+
+    /// Waits for one kind of stop; other stops are passed over with `go_on`,
+    /// and signals that cannot be blocked are put aside.
+    fn wait_for(
+        &mut self,
+        wanted: impl Fn(&Change) -> bool,
+        go_on: fn(i32, i32) -> std::io::Result<()>,
+    ) -> Result<()> {
+        let until = Instant::now() + PATIENCE;
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            let change = ptrace::wait(self.pid, left).context("wait for process", self.pid)?;
+            match change {
+                None => {
+                    return Err(Error::Deadline {
+                        what: format!("a system call inside process {}", self.pid),
+                        after: PATIENCE,
+                    })
+                }
+                Some(Change::Gone) => {
+                    self.over = true;
+                    return Err(Error::Gone(self.pid));
+                }
+                Some(c) if wanted(&c) => return Ok(()),
+                Some(Change::Signal(s)) if is_fault(s) => {
+                    return Err(Error::bad(
+                        format!("process {}", self.pid),
+                        format!("signal {s} while it made our calls"),
+                    ))
+                }
+                Some(Change::Signal(s)) => {
+                    if Some(s) != self.end {
+                        self.held.push(s);
+                    }
+                }
+                Some(_) => {}
+            }
+            go_on(self.pid, 0).context("continue process", self.pid)?;
+        }
+    }
+
+    /// Waits for the stop that PTRACE_INTERRUPT asked for; signals that come
+    /// first are delivered to a live program.
+    fn await_stop(&mut self) -> Result<()> {
+        let until = Instant::now() + PATIENCE;
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            match ptrace::wait(self.pid, left).context("wait for process", self.pid)? {
+                None => {
+                    return Err(Error::Deadline {
+                        what: format!("stopping process {}", self.pid),
+                        after: PATIENCE,
+                    })
+                }
+                Some(Change::Gone) => {
+                    self.over = true;
+                    return Err(Error::Gone(self.pid));
+                }
+                Some(Change::Event { event, signal }) if event == libc::PTRACE_EVENT_STOP => {
+                    if signal != libc::SIGTRAP {
+                        return Err(Error::bad(
+                            format!("process {}", self.pid),
+                            format!("it is stopped by job control (signal {signal})"),
+                        ));
+                    }
+                    return Ok(());
+                }
+                Some(Change::Signal(s)) => {
+                    let deliver = if self.masked {
+                        if Some(s) != self.end {
+                            self.held.push(s);
+                        }
+                        0
+                    } else {
+                        s
+                    };
+                    ptrace::cont(self.pid, deliver).context("continue process", self.pid)?;
+                }
+                Some(_) => ptrace::cont(self.pid, 0).context("continue process", self.pid)?,
+            }
+        }
+    }
+
+    /// A program stopped inside a restartable sequence goes on at the
+    /// sequence's abort address, as after any preemption (rseq(2)).
+    fn leave_rseq_section(&self, regs: &mut Regs) {
+        let Ok(config) = self.rseq() else { return };
+        if config.address == 0 || regs.orig_rax as i64 >= 0 {
+            return;
+        }
+        let word = |at: u64| {
+            let mut b = [0; 8];
+            self.read(RemoteAddr(at), &mut b).ok()?;
+            Some(u64::from_le_bytes(b))
+        };
+        let Some(section @ 1..) = word(config.address.wrapping_add(8)) else {
+            return;
+        };
+        let field = |n: u64| word(section.wrapping_add(8 * n));
+        if let (Some(start), Some(len), Some(abort)) = (field(1), field(2), field(3)) {
+            if regs.rip.wrapping_sub(start) < len {
+                regs.rip = abort;
+                let _ = self.write(RemoteAddr(config.address + 8), &[0; 8]);
+            }
+        }
+    }
+}
+
+impl Drop for Stopped {
+    fn drop(&mut self) {
+        if self.over {
+            return;
+        }
+        if self.live {
+            if let Err(e) = self.settle() {
+                tracing::warn!("process {} goes on by its own frame: {e}", self.pid);
+            }
+        }
+        let _ = ptrace::detach(self.pid, 0);
+        for signal in self.held.drain(..) {
+            let _ = nix::sys::signal::kill(
+                nix::unistd::Pid::from_raw(self.pid),
+                nix::sys::signal::Signal::try_from(signal).ok(),
+            );
+        }
+    }
+}
+
+fn open_mem(pid: i32) -> Result<File> {
+    let path = format!("/proc/{pid}/mem");
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(&path)
+        .map_err(|e| match e.raw_os_error() {
+            Some(libc::ENOENT | libc::ESRCH) => Error::Gone(pid),
+            _ => Error::Os {
+                op: "open",
+                object: path,
+                cause: e,
+            },
+        })
+}
+
+fn is_fault(signal: i32) -> bool {
+    matches!(
+        signal,
+        libc::SIGSEGV | libc::SIGBUS | libc::SIGILL | libc::SIGFPE | libc::SIGTRAP | libc::SIGSYS
+    )
+}
+
+/// Calls that the kernel ends with a hard EINTR whenever the thread is woken
+/// (signal(7)) are made again, unless a handler really runs.
+fn undo_eintr(regs: &mut Regs) {
+    const EINTR: i64 = -(libc::EINTR as i64);
+    /// ERESTARTNOHAND, include/linux/errno.h
+    const RESTART: i64 = -514;
+    let again = matches!(
+        regs.orig_rax as i64,
+        libc::SYS_epoll_wait
+            | libc::SYS_epoll_pwait
+            | libc::SYS_epoll_pwait2
+            | libc::SYS_rt_sigtimedwait
+            | libc::SYS_semop
+            | libc::SYS_semtimedop
+            | libc::SYS_msgrcv
+            | libc::SYS_msgsnd
+            | libc::SYS_recvfrom
+            | libc::SYS_recvmsg
+            | libc::SYS_recvmmsg
+            | libc::SYS_sendto
+            | libc::SYS_sendmsg
+            | libc::SYS_accept
+            | libc::SYS_accept4
+            | libc::SYS_connect
+            | libc::SYS_io_getevents
+            | 333 // io_pgetevents
+            | libc::SYS_io_uring_enter
+    );
+    if again && regs.rax as i64 == EINTR {
+        regs.rax = RESTART as u64;
+    }
+}
+
+/// A signal that means nothing to this program: without a handler, ignored by
+/// default, neither blocked nor pending.
+fn quiet_signal(pid: i32) -> Result<Option<i32>> {
+    let path = format!("/proc/{pid}/status");
+    let text = std::fs::read_to_string(&path).context("read", &path)?;
+    let busy = text
+        .lines()
+        .filter_map(|l| l.split_once(":\t"))
+        .filter(|(k, _)| matches!(*k, "SigPnd" | "ShdPnd" | "SigBlk" | "SigCgt"))
+        .filter_map(|(_, v)| u64::from_str_radix(v.trim(), 16).ok())
+        .fold(0, |all, one| all | one);
+    Ok([libc::SIGURG, libc::SIGWINCH, libc::SIGCHLD]
+        .into_iter()
+        .find(|s| busy & (1 << (s - 1)) == 0))
+}
+
+/// `len` bytes of stack that the program never used: pages at the low end that
+/// were never touched, or new ones below.
+fn unused_stack(pid: i32, sp: u64, len: u64) -> Result<u64> {
+    let stack = lines(pid)?
+        .into_iter()
+        .find(|l| l.name == "[stack]")
+        .ok_or_else(|| Error::bad(format!("process {pid}"), "it has no stack of its own"))?;
+    let path = format!("/proc/{pid}/pagemap");
+    let pagemap = File::open(&path).context("open", &path)?;
+    let mut entries = vec![0; (len / PAGE * 8) as usize];
+    let untouched = pagemap
+        .read_exact_at(&mut entries, stack.start / PAGE * 8)
+        .is_ok()
+        && entries.chunks_exact(8).all(|e| e[7] & 0xc0 == 0);
+    let low = stack.start + len;
+    if untouched && low < stack.end && !(stack.start..low + PAGE).contains(&sp) {
+        return Ok(stack.start);
+    }
+    // Writing below a stack makes it grow, within its limit.
+    let floor = if (stack.start.saturating_sub(1 << 20)..stack.start).contains(&sp) {
+        sp - 128
+    } else {
+        stack.start
+    };
+    Ok((floor & !(PAGE - 1)).saturating_sub(len))
+}
