@@ -6,8 +6,11 @@
 
 pub mod error;
 pub mod fault;
+pub mod hold;
+pub mod id;
 pub mod interrupt;
 pub mod phase;
+pub mod proc;
 pub mod protocol;
 pub mod report;
 pub mod state;

@@ -1,0 +1,3 @@
+//! Pure parsers of procfs and cgroupfs text, where the procfs crate has none.
+
+pub mod cgroup;
