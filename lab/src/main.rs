@@ -1,1 +1,127 @@
-fn main() {}
+//! `cargo lab`: hosts to try pmig on.
+
+use anyhow::{Context, Result};
+use clap::{Parser, Subcommand};
+use lab::{serve, state, Cmd, Make};
+use std::io::{stderr, stdout, IsTerminal};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+/// Boots two hosts, a and b, and does things on them.
+#[derive(Parser)]
+#[command(name = "cargo lab", bin_name = "cargo lab")]
+struct Arguments {
+    #[command(subcommand)]
+    command: Words,
+}
+
+#[derive(Subcommand)]
+enum Words {
+    /// Boot both hosts and start pmig serve on them
+    Up {
+        /// Namespaces on this machine instead of virtual machines
+        #[arg(long)]
+        netns: bool,
+        /// Start no pmig serve on them
+        #[arg(long)]
+        bare: bool,
+    },
+    /// End both hosts
+    Down,
+    /// Say what is up
+    Status,
+    /// Run a command on a host
+    Exec {
+        host: String,
+        #[arg(last = true, required = true)]
+        command: Vec<String>,
+    },
+    /// Start a program in the background on a host, and print its PID
+    Spawn {
+        host: String,
+        /// The host's file that takes its output
+        #[arg(long, default_value = "/srv/work/out")]
+        output: String,
+        #[arg(last = true, required = true)]
+        command: Vec<String>,
+    },
+    /// Copy a file into a host
+    Push { file: PathBuf, to: String },
+    /// Copy a file out of a host
+    Pull { from: String, file: PathBuf },
+}
+
+fn main() -> ExitCode {
+    match run(Arguments::parse().command) {
+        Ok(code) => code,
+        Err(e) => {
+            eprintln!("lab: {e:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn place(text: &str) -> Result<(&str, &str)> {
+    text.split_once(':')
+        .with_context(|| format!("{text}: expected HOST:PATH"))
+}
+
+fn run(words: Words) -> Result<ExitCode> {
+    match words {
+        Words::Up { netns, bare } => {
+            let _change = state::change()?;
+            let make = if netns { Make::Netns } else { Make::Vm };
+            let lab = state::up(make)?.lab()?;
+            if !bare {
+                serve(lab.a(), &[])?;
+                serve(lab.b(), &[])?;
+            }
+            println!("a and b are up ({make}); for example:");
+            println!("  cargo lab spawn a -- recursive       prints its PID");
+            println!("  cargo lab exec a -- pmig migrate PID tcp://b --insecure");
+        }
+        Words::Down => {
+            let _change = state::change()?;
+            println!(
+                "{}",
+                if state::down()? {
+                    "ended"
+                } else {
+                    "nothing was up"
+                }
+            );
+        }
+        Words::Status => match state::current() {
+            Ok(state) => println!("a and b are up ({})", state.make),
+            Err(e) => {
+                println!("{e}");
+                return Ok(ExitCode::FAILURE);
+            }
+        },
+        Words::Exec { host, command } => {
+            let host = state::current()?.host(&host)?;
+            let input = (!std::io::stdin().is_terminal()).then(lab::host::own_input);
+            let status =
+                host.talk()?
+                    .exec(&Cmd::new(command), input, &mut stdout(), &mut stderr())?;
+            return Ok(ExitCode::from(u8::try_from(status.code()).unwrap_or(1)));
+        }
+        Words::Spawn {
+            host,
+            output,
+            command,
+        } => {
+            let host = state::current()?.host(&host)?;
+            println!("{}", host.spawn(&Cmd::new(command), &output)?);
+        }
+        Words::Push { file, to } => {
+            let (host, path) = place(&to)?;
+            state::current()?.host(host)?.push(&file, path)?;
+        }
+        Words::Pull { from, file } => {
+            let (host, path) = place(&from)?;
+            state::current()?.host(host)?.pull(path, &file)?;
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,19 @@
+# Two machines to try pmig on, a and b.
+lab-up:
+    cargo lab up
+
+# End them.
+lab-down:
+    cargo lab down
+
+# See a program move.
+demo:
+    cargo lab demo
+
+# Everything that can be tested here.
+test:
+    cargo test
+
+# How long a program stands still, and how fast memory travels.
+bench:
+    cargo bench

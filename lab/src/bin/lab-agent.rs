@@ -1,0 +1,22 @@
+//! The lab's own program inside a host: its first process and its agent.
+
+use lab::inside::namespace;
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let words = std::env::args().skip(1).collect::<Vec<_>>();
+    let words = words.iter().map(String::as_str).collect::<Vec<_>>();
+    let result = match words.as_slice() {
+        ["namespace", spec] => namespace::launch(spec),
+        ["namespace-init", spec] => namespace::init(spec),
+        ["namespace-agent"] => namespace::agent(),
+        _ => Err(anyhow::anyhow!("the lab starts this program by itself")),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("lab-agent: {e:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,1 @@
+//! A host that is a machine of its own.

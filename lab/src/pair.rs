@@ -1,0 +1,182 @@
+//! Two hosts that know each other.
+
+use crate::build;
+use crate::host::{Host, Make};
+use crate::inside::Identity;
+use crate::netns::Netns;
+use crate::owner::{leftovers, Owner, PREFIX};
+use crate::wire::Cmd;
+use anyhow::{bail, Context, Result};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+/// The names of the two hosts.
+pub const NAMES: [&str; 2] = ["a", "b"];
+/// Where pmig's log lies in a host that serves.
+pub const SERVE_LOG: &str = "/run/pmig-serve.log";
+
+/// Two hosts, a and b, that reach each other by these names.
+pub struct Lab {
+    make: Make,
+    a: Box<dyn Host>,
+    b: Box<dyn Host>,
+    directory: Option<PathBuf>,
+}
+
+/// What the host of that index knows of itself.
+pub fn identity(index: usize) -> Identity {
+    let hosts = NAMES.iter().enumerate().fold(
+        String::from("127.0.0.1 localhost\n::1 localhost\n"),
+        |text, (index, name)| text + &format!("{} {name}\n", address(index)),
+    );
+    Identity {
+        name: NAMES[index].into(),
+        address: address(index),
+        hosts,
+        last_pid: 10_000 * (index as u32 + 1),
+    }
+}
+
+fn address(index: usize) -> String {
+    format!("10.77.44.{}", index + 1)
+}
+
+/// A directory of passage under the system's temporary one: the path of a
+/// socket has to be short.
+///
+/// # Errors
+/// It cannot be made.
+pub fn passage(tag: &str) -> Result<PathBuf> {
+    let temporary = std::env::temp_dir();
+    for leftover in leftovers(&temporary) {
+        let _ = fs::remove_dir_all(leftover);
+    }
+    let directory = temporary.join(format!("{PREFIX}{tag}"));
+    let _ = fs::remove_dir_all(&directory);
+    let mut builder = fs::DirBuilder::new();
+    std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
+    builder
+        .create(&directory)
+        .with_context(|| format!("create {}", directory.display()))?;
+    Ok(directory)
+}
+
+/// A tag for things that pass with this process.
+pub fn passing_tag() -> String {
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    let count = COUNT.fetch_add(1, Ordering::Relaxed);
+    format!("{}.{count}", Owner::me())
+}
+
+impl Lab {
+    /// Two hosts made of namespaces, which end with this value.
+    ///
+    /// # Errors
+    /// Whatever keeps them from being built.
+    pub fn netns() -> Result<Self> {
+        let tag = passing_tag();
+        let directory = passage(&tag)?;
+        let [a, b] = Self::netns_hosts(&directory, &tag, false)?;
+        Ok(Self {
+            make: Make::Netns,
+            a: Box::new(a),
+            b: Box::new(b),
+            directory: Some(directory),
+        })
+    }
+
+    /// Two joined hosts made of namespaces.
+    ///
+    /// # Errors
+    /// Whatever keeps them from being built.
+    pub fn netns_hosts(directory: &Path, tag: &str, stay: bool) -> Result<[Netns; 2]> {
+        let built = build::build()?;
+        let start = |index| Netns::start(&built, directory, tag, identity(index), stay);
+        let (a, b) = std::thread::scope(|scope| {
+            let a = scope.spawn(|| start(0));
+            let b = start(1);
+            (a.join(), b)
+        });
+        let (a, b) = match a {
+            Ok(a) => (a?, b?),
+            Err(_) => bail!("starting a host panicked"),
+        };
+        Netns::connect(&a, &b)?;
+        a.configure(&address(0))?;
+        b.configure(&address(1))?;
+        Ok([a, b])
+    }
+
+    /// A lab of hosts that are there already and outlive this value.
+    pub fn of(a: Box<dyn Host>, b: Box<dyn Host>) -> Self {
+        Self {
+            make: a.make(),
+            a,
+            b,
+            directory: None,
+        }
+    }
+
+    /// What its hosts are made of.
+    pub fn make(&self) -> Make {
+        self.make
+    }
+
+    /// The first host.
+    pub fn a(&self) -> &dyn Host {
+        &*self.a
+    }
+
+    /// The second host.
+    pub fn b(&self) -> &dyn Host {
+        &*self.b
+    }
+
+    /// The host of that name.
+    ///
+    /// # Errors
+    /// No host has it.
+    pub fn host(&self, name: &str) -> Result<&dyn Host> {
+        match name {
+            "a" => Ok(self.a()),
+            "b" => Ok(self.b()),
+            _ => bail!("no host is called {name}; there are a and b"),
+        }
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        if let Some(directory) = &self.directory {
+            let _ = fs::remove_dir_all(directory);
+        }
+    }
+}
+
+/// Starts `pmig serve` on a host, with more variables in its environment, and
+/// waits until it listens; gives its PID.
+///
+/// # Errors
+/// It ended, or did not listen in time.
+pub fn serve(host: &dyn Host, env: &[(&str, &str)]) -> Result<u32> {
+    let mut cmd = Cmd::new(["pmig", "serve", "--listen", "tcp://0.0.0.0:7644"]);
+    cmd.argv.push("--insecure".into());
+    for (name, value) in env {
+        cmd = cmd.env(name, value);
+    }
+    let pid = host.spawn(&cmd, SERVE_LOG)?;
+    host.wait_for("pmig serve listening", Duration::from_secs(20), &mut || {
+        let said = host.read(SERVE_LOG)?;
+        let said = String::from_utf8_lossy(&said);
+        if said.contains("listening on") {
+            return Ok(true);
+        }
+        match host.ended(pid)? {
+            None => Ok(false),
+            Some(status) => bail!("pmig serve ended with {status:?}: {said}"),
+        }
+    })?;
+    Ok(pid)
+}
