@@ -9,6 +9,7 @@ pub mod fault;
 pub mod hold;
 pub mod id;
 pub mod interrupt;
+pub mod journal;
 pub mod phase;
 pub mod proc;
 pub mod protocol;

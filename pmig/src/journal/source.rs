@@ -1,0 +1,251 @@
+//! The source's record: ARMED, then the first of COMMITTING and ABORTED, then,
+//! after COMMITTING, where the program is.
+
+use std::fmt;
+use std::sync::Arc;
+
+use nix::fcntl::FlockArg;
+use serde::{Deserialize, Serialize};
+
+use super::{claim, folder, json, read, Entry, Found, New, Record, Role};
+use crate::error::{Error, Result};
+use crate::hold::Frozen;
+use crate::id::{Id, Secret};
+
+/// ARMED, and nothing decided that is known here.
+#[derive(Debug, Clone)]
+pub struct Armed(pub(super) Arc<Entry>);
+
+/// COMMITTING was recorded: the only way to an [`Order`]. From here on the
+/// program may only go on here if the target says that it never ran there, or
+/// a person does.
+#[derive(Debug, Clone)]
+pub struct Committing(Arc<Entry>);
+
+/// What a Commit message carries. Cannot be had without [`Committing`], but
+/// from the wire.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Order {
+    id: Id,
+    secret: Secret,
+}
+
+/// Why COMMITTING could not be recorded.
+#[derive(Debug)]
+pub enum Lost {
+    /// Somebody recorded ABORTED first: the keeper, for one, whose patience
+    /// ended.
+    Aborted { why: String },
+    /// The record could not be written; nothing is decided.
+    Failed(Error),
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(tag = "state", rename_all = "SCREAMING_SNAKE_CASE")]
+enum State {
+    Committing,
+    Aborted { why: String },
+}
+
+/// How it ended after COMMITTING.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "state", rename_all = "SCREAMING_SNAKE_CASE")]
+pub enum Verdict {
+    /// It runs at the target, or a person gave the copy here up: it must go.
+    Moved { why: String },
+    /// It never ran at the target, or a person said to go on here.
+    RunsHere { why: String },
+}
+
+/// Where the record stands.
+#[derive(Debug)]
+pub enum Stage {
+    Armed(Armed),
+    /// ABORTED was recorded; it runs here or is about to.
+    Aborted(Armed, String),
+    Committing(Committing),
+    Decided(Committing, Verdict),
+}
+
+impl Armed {
+    /// Records ARMED and syncs it. Before the freeze.
+    ///
+    /// # Errors
+    /// Fails where the id was used before.
+    pub fn arm(new: New) -> Result<Armed> {
+        Entry::create(Role::Source, new).map(|e| Armed(Arc::new(e)))
+    }
+
+    /// Opens the record of a living migration beside its owner (for its
+    /// keeper).
+    pub fn join(id: Id) -> Result<Armed> {
+        let missing = || {
+            Error::bad(
+                format!("migration {id}"),
+                "has no record at the source, or another pmig is resolving it",
+            )
+        };
+        let folder = folder(Role::Source)?
+            .find(&id.to_string())?
+            .ok_or_else(missing)?;
+        let how = Some(FlockArg::LockSharedNonblock);
+        Entry::open(folder, Role::Source, id, how)?
+            .map(|e| Armed(Arc::new(e)))
+            .ok_or_else(missing)
+    }
+
+    pub fn record(&self) -> &Record {
+        &self.0.record
+    }
+
+    /// Whether the record is of this boot of the machine.
+    pub fn this_boot(&self) -> Result<bool> {
+        self.0.this_boot()
+    }
+
+    /// Records COMMITTING, unless ABORTED was recorded before: the point of no
+    /// return.
+    pub fn commit(&self) -> Result<Committing, Lost> {
+        let wish = json(&State::Committing).map_err(Lost::Failed)?;
+        // A decision that failed may still have been made.
+        let won = self.0.folder.decide("fate", &wish);
+        match (self.state(), won) {
+            (Ok(Some(State::Committing)), _) => Ok(Committing(self.0.clone())),
+            (Ok(Some(State::Aborted { why })), _) => Err(Lost::Aborted { why }),
+            (_, Err(e)) | (Err(e), _) => Err(Lost::Failed(e)),
+            (Ok(None), Ok(_)) => Err(Lost::Failed(Error::bad(
+                self.0.folder.path().display(),
+                "the record vanished",
+            ))),
+        }
+    }
+
+    /// Records ABORTED, unless COMMITTING was recorded before; then that stands.
+    /// Only after this may the program be let go on.
+    pub fn abort(&self, why: &str) -> Result<Stage> {
+        let wish = json(&State::Aborted { why: why.into() })?;
+        let won = self.0.folder.decide("fate", &wish);
+        match self.stage()? {
+            Stage::Armed(_) => Err(won.err().unwrap_or_else(|| {
+                Error::bad(self.0.folder.path().display(), "the record vanished")
+            })),
+            stage => Ok(stage),
+        }
+    }
+
+    pub fn stage(&self) -> Result<Stage> {
+        Ok(match self.state()? {
+            None => Stage::Armed(self.clone()),
+            Some(State::Aborted { why }) => Stage::Aborted(self.clone(), why),
+            Some(State::Committing) => {
+                let committing = Committing(self.0.clone());
+                match committing.verdict()? {
+                    None => Stage::Committing(committing),
+                    Some(verdict) => Stage::Decided(committing, verdict),
+                }
+            }
+        })
+    }
+
+    /// Nothing is held any more, and all that follows was done.
+    pub fn settle(&self) -> Result<()> {
+        self.0.settle()
+    }
+
+    pub fn settled(&self) -> Result<bool> {
+        self.0.settled()
+    }
+
+    fn state(&self) -> Result<Option<State>> {
+        read(&self.0.folder, "fate")
+    }
+}
+
+impl Committing {
+    pub fn record(&self) -> &Record {
+        &self.0.record
+    }
+
+    pub fn armed(&self) -> Armed {
+        Armed(self.0.clone())
+    }
+
+    /// What the target needs to let it run.
+    pub fn order(&self) -> Order {
+        Order {
+            id: self.0.record.id,
+            secret: self.0.record.secret.clone(),
+        }
+    }
+
+    /// Records where the program is, unless that was recorded before; says what
+    /// stands now. Act on that, not on the wish.
+    ///
+    /// Only the target's own word (or a person's) is a reason.
+    pub fn decide(&self, wish: Verdict) -> Result<Verdict> {
+        let won = self.0.folder.decide("verdict", &json(&wish)?);
+        match self.verdict()? {
+            Some(verdict) => Ok(verdict),
+            None => Err(won.err().unwrap_or_else(|| {
+                Error::bad(self.0.folder.path().display(), "the record vanished")
+            })),
+        }
+    }
+
+    /// The target has acknowledged: records it, kills the copy here, settles.
+    ///
+    /// # Errors
+    /// Fails, and kills nothing, where a person has meanwhile said that it goes
+    /// on here.
+    pub fn release(&self, held: Frozen) -> Result<()> {
+        let why = "the target acknowledged the commit".into();
+        match self.decide(Verdict::Moved { why })? {
+            Verdict::Moved { .. } => {
+                held.kill()?;
+                self.0.settle()
+            }
+            Verdict::RunsHere { why } => Err(Error::bad(
+                format!("migration {}", self.0.record.id),
+                format!("runs at the target, and here too: {why}"),
+            )),
+        }
+    }
+
+    fn verdict(&self) -> Result<Option<Verdict>> {
+        read(&self.0.folder, "verdict")
+    }
+}
+
+impl Order {
+    pub fn id(&self) -> Id {
+        self.id
+    }
+
+    pub fn secret(&self) -> &Secret {
+        &self.secret
+    }
+}
+
+impl fmt::Display for Lost {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Lost::Aborted { why } => write!(f, "aborted before the commit: {why}"),
+            Lost::Failed(e) => write!(f, "the commit could not be recorded: {e}"),
+        }
+    }
+}
+
+impl From<Lost> for Error {
+    fn from(lost: Lost) -> Error {
+        Error::bad("commit", lost)
+    }
+}
+
+/// Takes over a migration whose pmig and keeper are dead.
+pub fn open(id: Id) -> Result<Found<Armed>> {
+    Ok(match claim(Role::Source, id)? {
+        Found::Mine(entry) => Found::Mine(Armed(Arc::new(entry))),
+        Found::Busy => Found::Busy,
+        Found::Missing => Found::Missing,
+    })
+}

@@ -1,0 +1,237 @@
+//! The target's record: ARMED, then the first of COMMITTED and ABORTED.
+
+use std::sync::Arc;
+
+use nix::fcntl::FlockArg;
+use serde::{Deserialize, Serialize};
+
+use super::{claim, folder, json, read, Entry, Found, New, Order, Record, Role};
+use crate::error::{Error, Result};
+use crate::hold::{Frozen, Hold};
+use crate::id::{Id, Secret};
+
+/// ARMED: a husk that may yet become the program.
+#[derive(Debug, Clone)]
+pub struct Husk(Arc<Entry>);
+
+/// COMMITTED won: it runs here, or is about to.
+#[derive(Debug, Clone)]
+pub struct Committed(Arc<Entry>);
+
+/// ABORTED won: it must never run here.
+#[derive(Debug, Clone)]
+pub struct Aborted(Arc<Entry>);
+
+/// ABORTED is recorded and the husk is dead: the only thing that lets anyone
+/// say "it never ran here".
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NeverRan(());
+
+/// Which of the two won.
+#[derive(Debug, Clone)]
+pub enum Fate {
+    Committed(Committed),
+    Aborted(Aborted),
+}
+
+/// What is known here of a migration somebody asks about.
+#[derive(Debug)]
+pub enum Looked {
+    Decided(Fate),
+    Undecided(Husk),
+    /// Why nothing can be said.
+    Unknown(String),
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(tag = "state", rename_all = "SCREAMING_SNAKE_CASE")]
+enum State {
+    Committed { why: String },
+    Aborted { why: String },
+}
+
+impl Husk {
+    /// Records ARMED and syncs it. Before the source freezes.
+    ///
+    /// # Errors
+    /// Fails where the id was used before.
+    pub fn arm(new: New) -> Result<Husk> {
+        Entry::create(Role::Target, new).map(|e| Husk(Arc::new(e)))
+    }
+
+    pub fn record(&self) -> &Record {
+        &self.0.record
+    }
+
+    pub fn this_boot(&self) -> Result<bool> {
+        self.0.this_boot()
+    }
+
+    /// Notes what is to be done with files at the commit, for whoever may have
+    /// to do it. Replaces what was noted before. Not synced.
+    pub fn note_files(&self, files: &serde_json::Value) -> Result<()> {
+        self.0.folder.replace("files", &json(files)?, false)
+    }
+
+    /// Records COMMITTED for the order of the source, unless ABORTED won
+    /// before; says which stands.
+    ///
+    /// # Errors
+    /// Fails where the order is for another migration.
+    pub fn commit(&self, order: &Order) -> Result<Fate> {
+        let record = self.record();
+        if order.id() != record.id || !order.secret().is(&record.secret) {
+            return Err(Error::bad("commit", "is for another migration"));
+        }
+        self.decide(&State::Committed {
+            why: "the source said so".into(),
+        })
+    }
+
+    /// A person revives it here.
+    pub fn commit_by_hand(&self) -> Result<Fate> {
+        self.decide(&State::Committed {
+            why: "a person said so".into(),
+        })
+    }
+
+    /// Records ABORTED, unless COMMITTED won before; says which stands.
+    pub fn abort(&self, why: &str) -> Result<Fate> {
+        self.decide(&State::Aborted { why: why.into() })
+    }
+
+    /// Whether a process of this husk is still there.
+    pub fn lives(&self) -> Result<bool> {
+        match Frozen::open(&self.record().place)? {
+            Some(held) => held.populated(),
+            None => Ok(false),
+        }
+    }
+
+    pub fn fate(&self) -> Result<Option<Fate>> {
+        Ok(read(&self.0.folder, "fate")?.map(|state| match state {
+            State::Committed { .. } => Fate::Committed(Committed(self.0.clone())),
+            State::Aborted { .. } => Fate::Aborted(Aborted(self.0.clone())),
+        }))
+    }
+
+    /// For a record of another boot: whatever it was, it is no more.
+    pub fn settle_lost(&self) -> Result<()> {
+        self.0.settle()
+    }
+
+    fn decide(&self, wish: &State) -> Result<Fate> {
+        // A decision that failed may still have been made.
+        let won = self.0.folder.decide("fate", &json(wish)?);
+        match self.fate()? {
+            Some(fate) => Ok(fate),
+            None => Err(won.err().unwrap_or_else(|| {
+                Error::bad(self.0.folder.path().display(), "the record vanished")
+            })),
+        }
+    }
+}
+
+impl Committed {
+    pub fn record(&self) -> &Record {
+        &self.0.record
+    }
+
+    /// Lets the husk be the program.
+    pub fn thaw(&self, husk: Frozen) -> Result<Hold> {
+        husk.thaw()
+    }
+
+    /// The same for whoever comes later: harmless where it runs already.
+    pub fn thaw_again(&self) -> Result<()> {
+        if let Some(held) = Frozen::open(&self.record().place)? {
+            let hold = held.thaw()?;
+            let _ = hold.set_memory_max(None);
+            hold.leave();
+        }
+        Ok(())
+    }
+
+    /// What [`Husk::note_files`] noted.
+    pub fn files(&self) -> Result<Option<serde_json::Value>> {
+        read(&self.0.folder, "files")
+    }
+
+    /// It runs, its files are in place, nothing more is to be done.
+    pub fn settle(&self) -> Result<()> {
+        self.0.settle()
+    }
+}
+
+impl Aborted {
+    pub fn record(&self) -> &Record {
+        &self.0.record
+    }
+
+    /// What [`Husk::note_files`] noted: shipped files that must go.
+    pub fn files(&self) -> Result<Option<serde_json::Value>> {
+        read(&self.0.folder, "files")
+    }
+
+    /// Kills what there is of the husk and sees that it is gone.
+    pub fn bury(&self) -> Result<NeverRan> {
+        if let Some(held) = Frozen::open(&self.record().place)? {
+            held.kill()?;
+        }
+        self.0.settle()?;
+        Ok(NeverRan(()))
+    }
+}
+
+/// Looks up what is known of a migration, for somebody who quotes its secret.
+/// May be called beside a living session.
+///
+/// # Errors
+/// Whoever asks must be told that nothing is known.
+pub fn look(id: Id, secret: &Secret) -> Result<Looked> {
+    let unknown = |why: &str| Ok(Looked::Unknown(why.into()));
+    let Some(folder) = folder(Role::Target)?.find(&id.to_string())? else {
+        return unknown("there is no record of it here");
+    };
+    let Some(entry) = Entry::open(folder, Role::Target, id, None)? else {
+        return unknown("there is no record of it here");
+    };
+    if !secret.is(&entry.record.secret) {
+        return unknown("the secret is wrong");
+    }
+    let husk = Husk(Arc::new(entry));
+    match (husk.fate()?, husk.this_boot()?) {
+        // Recorded by somebody who saw to it, and no husk outlives a boot.
+        (Some(Fate::Aborted(a)), _) => Ok(Looked::Decided(Fate::Aborted(a))),
+        (Some(fate), true) => Ok(Looked::Decided(fate)),
+        (None, true) => Ok(Looked::Undecided(husk)),
+        (Some(Fate::Committed(_)), false) => {
+            unknown("it was committed here, but the machine has rebooted since")
+        }
+        (None, false) => {
+            unknown("the machine has rebooted since, and what was recorded last is lost")
+        }
+    }
+}
+
+/// Takes over a husk whose session is dead.
+pub fn open(id: Id) -> Result<Found<Husk>> {
+    Ok(match claim(Role::Target, id)? {
+        Found::Mine(entry) => Found::Mine(Husk(Arc::new(entry))),
+        Found::Busy => Found::Busy,
+        Found::Missing => Found::Missing,
+    })
+}
+
+impl Husk {
+    /// Opens the record beside its session, if there is one.
+    pub fn join(id: Id) -> Result<Husk> {
+        let missing = || Error::bad(format!("migration {id}"), "has no record here");
+        let folder = folder(Role::Target)?
+            .find(&id.to_string())?
+            .ok_or_else(missing)?;
+        Entry::open(folder, Role::Target, id, Some(FlockArg::LockSharedNonblock))?
+            .map(|e| Husk(Arc::new(e)))
+            .ok_or_else(missing)
+    }
+}
