@@ -24,11 +24,27 @@ impl Id {
     pub fn random() -> Result<Id> {
         random().map(Id)
     }
+
+    pub(crate) fn from_bytes(bytes: [u8; 16]) -> Id {
+        Id(bytes)
+    }
+
+    pub(crate) fn bytes(&self) -> &[u8; 16] {
+        &self.0
+    }
 }
 
 impl Secret {
     pub fn random() -> Result<Secret> {
         random().map(Secret)
+    }
+
+    pub(crate) fn from_bytes(bytes: [u8; 32]) -> Secret {
+        Secret(bytes)
+    }
+
+    pub(crate) fn bytes(&self) -> &[u8; 32] {
+        &self.0
     }
 
     /// Looks at every byte whatever the first ones are, so that the time tells

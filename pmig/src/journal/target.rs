@@ -24,8 +24,15 @@ pub struct Aborted(Arc<Entry>);
 
 /// ABORTED is recorded and the husk is dead: the only thing that lets anyone
 /// say "it never ran here".
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NeverRan(());
+
+impl NeverRan {
+    /// The target has told so.
+    pub(crate) fn told() -> NeverRan {
+        NeverRan(())
+    }
+}
 
 /// Which of the two won.
 #[derive(Debug, Clone)]

@@ -1,5 +1,7 @@
 //! What crosses the wire: one copy for both sides.
 
+pub mod fate;
 mod frame;
+pub mod preface;
 
 pub use frame::{Wire, MAX_MESSAGE};
