@@ -1,6 +1,10 @@
 //! Raw calls: the only place where `unsafe` is allowed.
 #![allow(unsafe_code)]
 
+pub mod pagemap;
+pub mod pidfd;
 pub mod ptrace;
-pub mod raw;
 pub mod runner;
+pub mod spawn;
+pub mod timens;
+pub mod uffd;

@@ -98,8 +98,10 @@ impl Return {
     }
 }
 
+type Pattern = (&'static [u8], fn(u64) -> Return);
+
 /// The byte sequences to look for, best first, and what each makes.
-const RETURNS: [(&[u8], fn(u64) -> Return); 3] = [
+const RETURNS: [Pattern; 3] = [
     (
         &[0x48, 0xc7, 0xc0, 0x0f, 0, 0, 0, 0x0f, 0x05],
         Return::Trampoline,

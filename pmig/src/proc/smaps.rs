@@ -1,0 +1,167 @@
+//! /proc/PID/smaps (proc_pid_smaps(5)): one mapping after the other, with the
+//! flags that madvise(2) and its kin leave.
+//!
+//! The `procfs` crate reads the same file into a map of strings for each
+//! mapping; this is read while a program stands still.
+
+use crate::error::{Error, Result};
+
+/// A mapping as the kernel tells it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Mapping {
+    pub start: u64,
+    pub end: u64,
+    pub read: bool,
+    pub write: bool,
+    pub exec: bool,
+    pub shared: bool,
+    /// Bytes into the file.
+    pub offset: u64,
+    /// Major and minor number of the file's device.
+    pub dev: (u32, u32),
+    /// 0 where there is no file.
+    pub inode: u64,
+    /// Path or `[name]`, unescaped; may be anything that a program chose.
+    pub name: Vec<u8>,
+    /// Bytes in memory or in swap.
+    pub resident: u64,
+    /// The memory protection key, 0 for none.
+    pub key: u32,
+    /// Two letters each.
+    pub flags: Vec<[u8; 2]>,
+}
+
+impl Mapping {
+    pub fn has(&self, flag: &[u8; 2]) -> bool {
+        self.flags.contains(flag)
+    }
+}
+
+/// Parses the whole file.
+pub fn parse(text: &[u8]) -> Result<Vec<Mapping>> {
+    let mut all: Vec<Mapping> = Vec::new();
+    for line in text.split(|b| *b == b'\n').filter(|l| !l.is_empty()) {
+        let bad = || {
+            Error::bad(
+                "smaps",
+                format!("cannot make sense of {:?}", String::from_utf8_lossy(line)),
+            )
+        };
+        // Fields begin with a capital letter, mappings with a hex digit in
+        // lower case.
+        if !line[0].is_ascii_uppercase() {
+            all.push(header(line).ok_or_else(bad)?);
+            continue;
+        }
+        let Some(last) = all.last_mut() else {
+            return Err(bad());
+        };
+        let Some(colon) = line.iter().position(|b| *b == b':') else {
+            return Err(bad());
+        };
+        let value = line[colon + 1..].trim_ascii();
+        match &line[..colon] {
+            b"Rss" | b"Swap" => {
+                let kb = value
+                    .strip_suffix(b" kB")
+                    .and_then(number)
+                    .ok_or_else(bad)?;
+                last.resident = last.resident.saturating_add(kb.saturating_mul(1024));
+            }
+            b"ProtectionKey" => last.key = number(value).ok_or_else(bad)? as u32,
+            b"VmFlags" => {
+                last.flags = value
+                    .split(|b| *b == b' ')
+                    .filter_map(|f| f.try_into().ok())
+                    .collect();
+            }
+            _ => {}
+        }
+    }
+    Ok(all)
+}
+
+fn header(line: &[u8]) -> Option<Mapping> {
+    let mut rest = line;
+    let mut word = || {
+        let end = rest.iter().position(|b| *b == b' ').unwrap_or(rest.len());
+        let (word, tail) = rest.split_at(end);
+        rest = tail.get(1..).unwrap_or(b"");
+        word
+    };
+    let (range, perms, offset, dev, inode) = (word(), word(), word(), word(), word());
+    let (start, end) = pair(range, b'-')?;
+    let (major, minor) = pair(dev, b':')?;
+    let &[r, w, x, p] = perms else { return None };
+    Some(Mapping {
+        start,
+        end,
+        read: r == b'r',
+        write: w == b'w',
+        exec: x == b'x',
+        shared: p == b's',
+        offset: hex(offset)?,
+        dev: (major as u32, minor as u32),
+        inode: number(inode)?,
+        name: unescape(rest.trim_ascii_start()),
+        resident: 0,
+        key: 0,
+        flags: Vec::new(),
+    })
+}
+
+/// A newline in a path is written as `\012`.
+fn unescape(name: &[u8]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(name.len());
+    let mut i = 0;
+    while i < name.len() {
+        if name[i..].starts_with(b"\\012") {
+            out.push(b'\n');
+            i += 4;
+        } else {
+            out.push(name[i]);
+            i += 1;
+        }
+    }
+    out
+}
+
+fn pair(text: &[u8], between: u8) -> Option<(u64, u64)> {
+    let at = text.iter().position(|b| *b == between)?;
+    Some((hex(&text[..at])?, hex(&text[at + 1..])?))
+}
+
+fn hex(text: &[u8]) -> Option<u64> {
+    u64::from_str_radix(std::str::from_utf8(text).ok()?, 16).ok()
+}
+
+fn number(text: &[u8]) -> Option<u64> {
+    std::str::from_utf8(text).ok()?.trim().parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kernels_own_text_is_understood() {
+        let all = parse(&std::fs::read("/proc/self/smaps").unwrap()).unwrap();
+        let stack = all.iter().find(|m| m.name == b"[stack]").unwrap();
+        assert!(stack.read && stack.write && !stack.shared && stack.has(b"gd"));
+        assert!(stack.resident > 0);
+        assert!(all.windows(2).all(|w| w[0].end <= w[1].start));
+    }
+
+    #[test]
+    fn hostile_text_is_an_error_and_no_panic() {
+        for text in [
+            &b"Rss: 5 kB\n"[..],
+            b"1-2 r 0 0:0 0\n",
+            b"zz-1 rwxp 0 0:0 0 x\n",
+            b"1-2 rwxp 0 0:0 0 x\nRss:\n",
+            b"\xff\xff\n",
+        ] {
+            assert!(parse(text).is_err(), "{text:?}");
+        }
+    }
+}

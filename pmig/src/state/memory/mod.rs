@@ -1,0 +1,11 @@
+//! Memory: the address space, which pages must travel, and how they get there.
+
+mod layout;
+mod ranges;
+mod track;
+
+pub use layout::{
+    apply, preflight, steps, Backing, Layout, MappedFile, Step, Vma, BOTTOM, PAGE, TOP,
+};
+pub use ranges::Ranges;
+pub use track::{Found, Tracker};

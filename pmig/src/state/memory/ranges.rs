@@ -1,0 +1,121 @@
+//! Sets of addresses, as ranges.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+/// A set of addresses. Ranges that touch are one.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Ranges(BTreeMap<u64, u64>);
+
+impl Ranges {
+    pub fn insert(&mut self, r: Range<u64>) {
+        if r.is_empty() {
+            return;
+        }
+        let (mut start, mut end) = (r.start, r.end);
+        while let Some((&s, &e)) = self.0.range(..=end).next_back() {
+            if e < start {
+                break;
+            }
+            self.0.remove(&s);
+            start = start.min(s);
+            end = end.max(e);
+        }
+        self.0.insert(start, end);
+    }
+
+    pub fn remove(&mut self, r: Range<u64>) {
+        if r.is_empty() {
+            return;
+        }
+        while let Some((&s, &e)) = self.0.range(..r.end).next_back() {
+            if e <= r.start {
+                break;
+            }
+            self.0.remove(&s);
+            if e > r.end {
+                self.0.insert(r.end, e);
+            }
+            if s < r.start {
+                self.0.insert(s, r.start);
+            }
+        }
+    }
+
+    pub fn contains(&self, at: u64) -> bool {
+        self.0
+            .range(..=at)
+            .next_back()
+            .is_some_and(|(_, &e)| at < e)
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = Range<u64>> + '_ {
+        self.0.iter().map(|(&s, &e)| s..e)
+    }
+
+    /// The parts of `r` that are in the set.
+    pub fn within(&self, r: Range<u64>) -> Vec<Range<u64>> {
+        let first = self
+            .0
+            .range(..=r.start)
+            .next_back()
+            .map_or(r.start, |(&s, _)| s);
+        self.0
+            .range(first..r.end.max(first))
+            .map(|(&s, &e)| s.max(r.start)..e.min(r.end))
+            .filter(|p| !p.is_empty())
+            .collect()
+    }
+
+    /// Bytes in the set.
+    pub fn len(&self) -> u64 {
+        self.iter().map(|r| r.end - r.start).sum()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_set_of_ranges_is_the_set_of_its_addresses() {
+        let mut seed = 1u64;
+        let mut next = |n: u64| {
+            seed = seed.wrapping_mul(6364136223846793005).wrapping_add(1);
+            (seed >> 33) % n
+        };
+        let mut set = Ranges::default();
+        let mut model = [false; 100];
+        for _ in 0..5000 {
+            let start = next(100);
+            let end = start + next(101 - start);
+            if next(2) == 0 {
+                set.insert(start..end);
+                model[start as usize..end as usize].fill(true);
+            } else {
+                set.remove(start..end);
+                model[start as usize..end as usize].fill(false);
+            }
+            for (i, m) in model.iter().enumerate() {
+                assert_eq!(set.contains(i as u64), *m);
+            }
+            assert_eq!(set.len(), model.iter().filter(|m| **m).count() as u64);
+            let (a, b) = (next(100), next(100));
+            let n: u64 = set.within(a..b).iter().map(|r| r.end - r.start).sum();
+            let m = if a < b {
+                model[a as usize..b as usize].iter().filter(|m| **m).count()
+            } else {
+                0
+            };
+            assert_eq!(n, m as u64);
+            assert!(set
+                .iter()
+                .zip(set.iter().skip(1))
+                .all(|(x, y)| x.end < y.start));
+        }
+    }
+}

@@ -1,0 +1,381 @@
+//! Which pages of a running program must travel, and again.
+//!
+//! The kernel write-protects the pages and remembers which were written since
+//! (userfaultfd(2) in its asynchronous mode, PAGEMAP_SCAN). Absence is state
+//! as well: a page that was sent and is gone now is told as a drop.
+
+use std::fs::File;
+use std::ops::Range;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
+
+use nix::sys::uio::{process_vm_readv, RemoteIoVec};
+use nix::unistd::Pid;
+
+use super::layout::{steps, Layout, Step, Vma, PAGE};
+use super::ranges::Ranges;
+use crate::error::{Context, Error, Result};
+use crate::sys::pagemap::{category, scan, Query};
+use crate::sys::{pidfd, uffd};
+use crate::tracee::{Batch, Stopped};
+
+/// Mappings up to this size are write-protected whole; of larger and sparser
+/// ones only what is there, lest the page tables of their holes be built.
+const DENSE: u64 = 64 << 20;
+
+/// What a look at the memory found.
+#[derive(Debug, Default)]
+pub struct Found {
+    /// How the address space differs from what was last seen; empty when not
+    /// at all.
+    pub steps: Vec<Step>,
+    /// Pages whose content must travel.
+    pub pages: Vec<Range<u64>>,
+    /// Pages that travelled and are gone now.
+    pub drops: Vec<Range<u64>>,
+}
+
+impl Found {
+    /// Bytes of content.
+    pub fn bytes(&self) -> u64 {
+        self.pages.iter().map(|r| r.end - r.start).sum()
+    }
+}
+
+/// Follows the memory of one process.
+pub struct Tracker {
+    pid: i32,
+    pagemap: File,
+    mem: File,
+    uffd: Option<OwnedFd>,
+    pub layout: Layout,
+    /// What the target has.
+    sent: Ranges,
+    /// What could not be read when its turn came.
+    owed: Ranges,
+}
+
+impl Tracker {
+    /// For a process that cannot be watched: everything is sent when it stands
+    /// still.
+    pub fn without_tracking(pid: i32) -> Result<Tracker> {
+        let open = |what: &str| {
+            let path = format!("/proc/{pid}/{what}");
+            File::open(&path).context("open", path)
+        };
+        Ok(Tracker {
+            pid,
+            pagemap: open("pagemap")?,
+            mem: open("mem")?,
+            uffd: None,
+            layout: Layout::default(),
+            sent: Ranges::default(),
+            owed: Ranges::default(),
+        })
+    }
+
+    /// Watches a process: one short stop, in which it makes a userfaultfd for
+    /// us. `Ok` with no tracking where the kernel has none.
+    pub fn attach(stopped: &mut Stopped) -> Result<Tracker> {
+        let mut tracker = Tracker::without_tracking(stopped.pid())?;
+        let mut b = Batch::new();
+        let flags = libc::O_CLOEXEC | libc::O_NONBLOCK | uffd::USER_MODE_ONLY;
+        let fd = b.may_fail("userfaultfd", libc::SYS_userfaultfd, &[flags.into()]);
+        let fd = stopped.run(b)?.result(fd);
+        if fd < 0 {
+            return Ok(tracker);
+        }
+        let process = pidfd::open(stopped.pid()).context("open process", stopped.pid())?;
+        let ours = pidfd::get(std::os::fd::AsFd::as_fd(&process), fd as i32);
+        let mut b = Batch::new();
+        b.call("close", libc::SYS_close, &[fd.into()]);
+        stopped.run(b)?;
+        let ours = ours.context("fetch the userfaultfd of", stopped.pid())?;
+        if uffd::enable_async_wp(&ours).is_ok() {
+            tracker.uffd = Some(ours);
+        }
+        Ok(tracker)
+    }
+
+    /// Whether rounds while the program runs are of any use.
+    pub fn tracks(&self) -> bool {
+        self.uffd.is_some()
+    }
+
+    /// Name of the method, for people.
+    pub fn method(&self) -> &'static str {
+        if self.tracks() {
+            "pagemap-scan"
+        } else {
+            "stop-and-copy"
+        }
+    }
+
+    /// Looks while the program runs: what is found counts as clean from then
+    /// on, and must be sent.
+    pub fn look(&mut self) -> Result<Found> {
+        let (mut found, renewed) = self.list()?;
+        if !self.tracks() {
+            return Ok(found);
+        }
+        let vmas = self.layout.vmas.clone();
+        for vma in vmas.iter().filter(|v| v.is_private()) {
+            // A mapping that vanished meanwhile is fresh at the next look.
+            if vma.fresh && !self.register(vma) {
+                continue;
+            }
+            self.scan(vma, &renewed, true, &mut found)?;
+        }
+        self.settle_owed(&mut found);
+        Ok(found)
+    }
+
+    fn register(&self, vma: &Vma) -> bool {
+        self.uffd
+            .as_ref()
+            .is_some_and(|fd| uffd::register_wp(fd, vma.start, vma.end - vma.start).is_ok())
+    }
+
+    /// Looks at the program standing still: what is left.
+    pub fn last_look(&mut self) -> Result<Found> {
+        let (mut found, renewed) = self.list()?;
+        let vmas = self.layout.vmas.clone();
+        for vma in vmas.iter().filter(|v| v.is_private()) {
+            self.scan(vma, &renewed, false, &mut found)?;
+        }
+        self.settle_owed(&mut found);
+        Ok(found)
+    }
+
+    /// Lists the address space again; also returns where nothing that was sent
+    /// counts any more.
+    fn list(&mut self) -> Result<(Found, Ranges)> {
+        let layout = Layout::capture(self.pid, &self.layout.files)?;
+        let steps = steps(&self.layout.vmas, &layout.vmas);
+        let mut renewed = Ranges::default();
+        for step in &steps {
+            match step {
+                Step::Unmap(r) => {
+                    self.sent.remove(r.clone());
+                    self.owed.remove(r.clone());
+                }
+                Step::Map(v) => renewed.insert(v.range()),
+                _ => {}
+            }
+        }
+        self.layout = layout;
+        let found = Found {
+            steps,
+            ..Found::default()
+        };
+        Ok((found, renewed))
+    }
+
+    fn scan(
+        &mut self,
+        vma: &Vma,
+        renewed: &Ranges,
+        protect: bool,
+        found: &mut Found,
+    ) -> Result<()> {
+        use category::*;
+        const THERE: u64 = PRESENT | SWAPPED;
+        const ALL: u64 = THERE | FILE | PFNZERO;
+        let anew = renewed.within(vma.range());
+        // What was mapped anew is sent whatever it is.
+        for part in &anew {
+            let query = Query {
+                any: THERE,
+                tell: ALL,
+                protect,
+                ..Query::default()
+            };
+            let mut runs = Vec::new();
+            self.pagemap_scan(part.clone(), query, |r| runs.push(r))?;
+            for (r, what) in runs {
+                self.sort(r, what, found);
+            }
+        }
+        for part in without(vma.range(), &anew) {
+            if part.end - part.start <= DENSE {
+                let mut written = Vec::new();
+                let query = Query {
+                    all: WRITTEN,
+                    tell: WRITTEN,
+                    protect,
+                    ..Query::default()
+                };
+                self.pagemap_scan(part, query, |(r, _)| written.push(r))?;
+                for r in written {
+                    self.categorise(r, found)?;
+                }
+            } else {
+                let mut runs = Vec::new();
+                let query = Query {
+                    all: WRITTEN,
+                    any: THERE,
+                    tell: ALL,
+                    protect,
+                };
+                self.pagemap_scan(part.clone(), query, |r| runs.push(r))?;
+                for (r, what) in runs {
+                    self.sort(r, what, found);
+                }
+                for r in self.sent.within(part) {
+                    self.find_gone(r, found)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn pagemap_scan(
+        &self,
+        r: Range<u64>,
+        query: Query,
+        mut each: impl FnMut((Range<u64>, u64)),
+    ) -> Result<()> {
+        scan(&self.pagemap, r.start, r.end, query, |region| {
+            each((region.start..region.end, region.categories))
+        })
+        .context("scan the pages of", self.pid)
+    }
+
+    /// Tells what the pages of a written run are now.
+    fn categorise(&mut self, r: Range<u64>, found: &mut Found) -> Result<()> {
+        use category::*;
+        let query = Query {
+            any: PRESENT | SWAPPED,
+            tell: PRESENT | SWAPPED | FILE | PFNZERO,
+            ..Query::default()
+        };
+        let mut runs = Vec::new();
+        self.pagemap_scan(r.clone(), query, |x| runs.push(x))?;
+        let mut at = r.start;
+        for (run, what) in runs {
+            self.gone(at..run.start, found);
+            at = run.end;
+            self.sort(run, what, found);
+        }
+        self.gone(at..r.end, found);
+        Ok(())
+    }
+
+    /// Finds what was sent of a run and is absent now.
+    fn find_gone(&mut self, r: Range<u64>, found: &mut Found) -> Result<()> {
+        use category::*;
+        let query = Query {
+            any: PRESENT | SWAPPED,
+            tell: PRESENT,
+            ..Query::default()
+        };
+        let mut there = Vec::new();
+        self.pagemap_scan(r.clone(), query, |(x, _)| there.push(x))?;
+        for hole in without(r, &there) {
+            self.gone(hole, found);
+        }
+        Ok(())
+    }
+
+    /// A run of pages that are there: content of the process's own, or what
+    /// the husk has anyway.
+    fn sort(&mut self, r: Range<u64>, what: u64, found: &mut Found) {
+        if what & (category::FILE | category::PFNZERO) != 0 {
+            self.gone(r, found);
+        } else {
+            push(&mut found.pages, r);
+        }
+    }
+
+    /// A run that has no content of its own now.
+    fn gone(&mut self, r: Range<u64>, found: &mut Found) {
+        for part in self.sent.within(r.clone()) {
+            push(&mut found.drops, part.clone());
+            self.sent.remove(part);
+        }
+        self.owed.remove(r);
+    }
+
+    fn settle_owed(&mut self, found: &mut Found) {
+        if self.owed.is_empty() {
+            return;
+        }
+        let mut all = Ranges::default();
+        found.pages.drain(..).for_each(|r| all.insert(r));
+        self.owed.iter().for_each(|r| all.insert(r));
+        self.owed = Ranges::default();
+        found.pages = all.iter().collect();
+    }
+
+    /// Reads pages to be sent into `buf`, which has their length. Returns the
+    /// runs that could be read, in order, packed at the front of `buf`; what
+    /// could not (the program took it away meanwhile) is owed until the next
+    /// look.
+    pub fn read(&mut self, r: Range<u64>, buf: &mut [u8]) -> Result<Vec<Range<u64>>> {
+        let len = (r.end - r.start) as usize;
+        let remote = [RemoteIoVec {
+            base: r.start as usize,
+            len,
+        }];
+        let mut local = [std::io::IoSliceMut::new(&mut buf[..len])];
+        let got = process_vm_readv(Pid::from_raw(self.pid), &mut local, &remote).unwrap_or(0);
+        if got == len {
+            return Ok(vec![r]);
+        }
+        let mut runs: Vec<Range<u64>> = Vec::new();
+        let mut at = 0;
+        for page in (r.start..r.end).step_by(PAGE as usize) {
+            let to = &mut buf[at..at + PAGE as usize];
+            match self.mem.read_exact_at(to, page) {
+                Ok(()) => {
+                    push(&mut runs, page..page + PAGE);
+                    at += PAGE as usize;
+                }
+                Err(_) => self.owed.insert(page..page + PAGE),
+            }
+        }
+        Ok(runs)
+    }
+
+    /// Notes that the target has what was read of `r`.
+    pub fn mark_sent(&mut self, r: Range<u64>) {
+        self.sent.insert(r);
+    }
+
+    /// Whether something could not be read. Standing still, that is an error.
+    pub fn owes(&self) -> Result<()> {
+        match self.owed.iter().next() {
+            None => Ok(()),
+            Some(r) => Err(Error::bad(
+                format!("memory {:x}-{:x} of {}", r.start, r.end, self.pid),
+                "it cannot be read",
+            )),
+        }
+    }
+
+    /// Whether the target has something other than nothing there.
+    pub fn was_sent(&self, at: u64) -> bool {
+        self.sent.contains(at)
+    }
+}
+
+/// Adds a run, joined to the last where they touch.
+fn push(runs: &mut Vec<Range<u64>>, r: Range<u64>) {
+    match runs.last_mut() {
+        Some(last) if last.end == r.start => last.end = r.end,
+        _ if r.is_empty() => {}
+        _ => runs.push(r),
+    }
+}
+
+/// `r` without `parts`, which lie in it in order.
+fn without(r: Range<u64>, parts: &[Range<u64>]) -> Vec<Range<u64>> {
+    let mut rest = Vec::new();
+    let mut at = r.start;
+    for p in parts {
+        push(&mut rest, at..p.start.max(at));
+        at = at.max(p.end);
+    }
+    push(&mut rest, at..r.end.max(at));
+    rest
+}

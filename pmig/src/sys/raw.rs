@@ -1,1 +1,0 @@
-//! System calls that have no safe wrapper elsewhere.

@@ -1,0 +1,166 @@
+//! A new process that shares nothing with its maker.
+
+use std::ffi::c_char;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+
+use super::runner;
+
+/// `struct clone_args`, `<linux/sched.h>`.
+#[repr(C)]
+#[derive(Default)]
+struct CloneArgs {
+    flags: u64,
+    pidfd: u64,
+    child_tid: u64,
+    parent_tid: u64,
+    exit_signal: u64,
+    stack: u64,
+    stack_size: u64,
+    tls: u64,
+    set_tid: u64,
+    set_tid_size: u64,
+    cgroup: u64,
+}
+
+const CLONE_PIDFD: u64 = 0x1000;
+const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+const CLONE_CLEAR_SIGHAND: u64 = 0x1_0000_0000;
+const CLOSE_RANGE_UNSHARE: u32 = 2;
+
+/// Where the husk's own code stands until it has its address space.
+pub const HUSK_BASE: u64 = 0x10_0000;
+
+/// Bytes of writable memory behind the code.
+pub const HUSK_TABLE: u64 = 64 << 10;
+
+/// An executable of one page of code (a trap, preceded by the runner) and some
+/// zeroed memory.
+fn executable() -> Vec<u8> {
+    let code_at = 0x1000usize;
+    let mut elf = vec![0u8; 2 * 0x1000];
+    let mut put = |at: usize, bytes: &[u8]| elf[at..at + bytes.len()].copy_from_slice(bytes);
+    put(0, b"\x7fELF\x02\x01\x01");
+    put(16, &2u16.to_le_bytes()); // ET_EXEC
+    put(18, &62u16.to_le_bytes()); // EM_X86_64
+    put(20, &1u32.to_le_bytes());
+    put(24, &(HUSK_BASE + 0x800).to_le_bytes()); // entry
+    put(32, &64u64.to_le_bytes()); // program headers
+    put(52, &64u16.to_le_bytes());
+    put(54, &56u16.to_le_bytes());
+    put(56, &2u16.to_le_bytes());
+    let mut header = |n: usize, flags: u32, offset: u64, at: u64, file: u64, mem: u64| {
+        let h = 64 + 56 * n;
+        put(h, &1u32.to_le_bytes()); // PT_LOAD
+        put(h + 4, &flags.to_le_bytes());
+        for (i, word) in [offset, at, at, file, mem, 0x1000].iter().enumerate() {
+            put(h + 8 + 8 * i, &word.to_le_bytes());
+        }
+    };
+    header(0, 5, code_at as u64, HUSK_BASE, 0x1000, 0x1000);
+    header(1, 6, 0, HUSK_BASE + 0x1000, 0, HUSK_TABLE);
+    put(code_at, runner::code());
+    put(code_at + 0x800, &[0xcc]);
+    elf
+}
+
+/// A memfd with [`executable`], to be made once.
+pub fn husk_image() -> io::Result<OwnedFd> {
+    use std::io::Write;
+    // SAFETY: the name is a C string; the new descriptor is owned from here.
+    let fd = unsafe {
+        let fd = libc::memfd_create(c"husk".as_ptr(), libc::MFD_CLOEXEC);
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        OwnedFd::from_raw_fd(fd)
+    };
+    let mut file = std::fs::File::from(fd);
+    file.write_all(&executable())?;
+    Ok(file.into())
+}
+
+/// Makes a child with the given PID (0: any) in the given cgroup, in a session
+/// of its own, without descriptors, with default signal actions, which waits
+/// until a byte comes (or the end) on `gate` and then executes `image`.
+/// Returns the child's PID and a descriptor for it.
+///
+/// # Errors
+///
+/// EEXIST when the PID is taken, EINVAL when it is above pid_max, EPERM
+/// without CAP_CHECKPOINT_RESTORE (clone(2)).
+pub fn husk(
+    image: BorrowedFd<'_>,
+    gate: BorrowedFd<'_>,
+    cgroup: Option<BorrowedFd<'_>>,
+    pid: i32,
+) -> io::Result<(i32, OwnedFd)> {
+    let mut pidfd = -1i32;
+    let set_tid = [pid];
+    let mut args = CloneArgs {
+        flags: CLONE_PIDFD | CLONE_CLEAR_SIGHAND,
+        pidfd: &raw mut pidfd as u64,
+        exit_signal: libc::SIGCHLD as u64,
+        ..CloneArgs::default()
+    };
+    if pid != 0 {
+        args.set_tid = set_tid.as_ptr() as u64;
+        args.set_tid_size = 1;
+    }
+    if let Some(fd) = cgroup {
+        args.flags |= CLONE_INTO_CGROUP;
+        args.cgroup = fd.as_raw_fd() as u64;
+    }
+    let (image, gate) = (image.as_raw_fd(), gate.as_raw_fd());
+    // SAFETY: without CLONE_VM the child has its own copy of memory. It makes
+    // only raw system calls, none of which allocates or takes a lock, and
+    // never returns.
+    unsafe {
+        let r = libc::syscall(libc::SYS_clone3, &raw mut args, size_of::<CloneArgs>());
+        if r < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        if r > 0 {
+            return Ok((r as i32, OwnedFd::from_raw_fd(pidfd)));
+        }
+        child(image, gate)
+    }
+}
+
+/// # Safety
+///
+/// Only for the child of [`husk`].
+unsafe fn child(image: i32, gate: i32) -> ! {
+    // SAFETY: raw system calls on descriptors and memory of this process.
+    unsafe {
+        libc::syscall(libc::SYS_setsid);
+        let none = 0u64;
+        libc::syscall(
+            libc::SYS_rt_sigprocmask,
+            libc::SIG_SETMASK,
+            &raw const none,
+            0usize,
+            8usize,
+        );
+        let mut byte = 0u8;
+        libc::syscall(libc::SYS_read, gate, &raw mut byte, 1usize);
+        // Only the image stays until the exec, which closes it too.
+        libc::syscall(libc::SYS_dup3, image, 900, libc::O_CLOEXEC);
+        libc::syscall(libc::SYS_close_range, 0u32, 899u32, CLOSE_RANGE_UNSHARE);
+        libc::syscall(libc::SYS_close_range, 901u32, u32::MAX, 0u32);
+        let argv: [*const c_char; 2] = [c"pmig-husk".as_ptr(), std::ptr::null()];
+        let envp: [*const c_char; 1] = [std::ptr::null()];
+        libc::syscall(
+            libc::SYS_execveat,
+            900,
+            c"".as_ptr(),
+            argv.as_ptr(),
+            envp.as_ptr(),
+            libc::AT_EMPTY_PATH,
+        );
+        libc::syscall(libc::SYS_exit_group, 127);
+    }
+    loop {
+        std::hint::spin_loop();
+    }
+}
