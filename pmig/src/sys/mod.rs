@@ -1,6 +1,7 @@
 //! Raw calls: the only place where `unsafe` is allowed.
 #![allow(unsafe_code)]
 
+pub mod fds;
 pub mod pagemap;
 pub mod pidfd;
 pub mod ptrace;

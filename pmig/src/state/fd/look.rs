@@ -1,0 +1,312 @@
+//! Looking at descriptors from outside, through procfs: proc_pid_fdinfo(5).
+//! Nothing is opened and nothing copied, so a running process notices nothing.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStringExt;
+
+use nix::dir::Dir;
+use nix::errno::Errno;
+use nix::fcntl::{openat, readlinkat, AtFlags, OFlag};
+use nix::sys::stat::{fstatat, FileStat, Mode};
+use nix::sys::statfs::statfs;
+use nix::unistd::read;
+
+use super::MAX_FDS;
+use crate::error::{Context, Error, Obstacle, Result};
+use crate::state::paths::{FilePath, Pinned};
+
+/// What can be seen of a descriptor at little cost. `ino`, `mount` and `link`
+/// together tell whether it is still of the same file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Glance {
+    /// As fdinfo shows them: `O_CLOEXEC` is the descriptor's.
+    pub flags: i32,
+    pub position: u64,
+    pub mount: u64,
+    pub ino: u64,
+    /// A lock or lease hangs on it.
+    pub locked: bool,
+    pub link: Vec<u8>,
+}
+
+/// What takes more calls to find out, and stays as it is.
+#[derive(Debug, Clone)]
+pub(super) struct Nature {
+    pub mode: u32,
+    pub ino: u64,
+    pub rdev: u64,
+    /// The file system's magic number, statfs(2).
+    pub magic: i64,
+    pub name: Name,
+}
+
+impl Nature {
+    pub fn file_type(&self) -> u32 {
+        self.mode & libc::S_IFMT
+    }
+}
+
+/// Whether a descriptor's path leads to its file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Name {
+    Leads(FilePath),
+    Elsewhere,
+    Deleted,
+    /// The link's text is no path.
+    None,
+}
+
+/// A descriptor put before the rooms.
+pub(super) struct Subject<'a> {
+    pub fd: i32,
+    pub link: &'a [u8],
+    pub flags: i32,
+    pub position: u64,
+    pub locked: bool,
+    pub nature: &'a Nature,
+}
+
+impl Subject<'_> {
+    /// Whether the link's text is a path, if perhaps one that leads nowhere.
+    pub fn has_path(&self) -> bool {
+        let no_file = [
+            &b"/memfd:"[..],
+            b"/dmabuf:",
+            b"/anon_hugepage",
+            b"/secretmem",
+        ];
+        self.link.starts_with(b"/")
+            && (matches!(self.nature.name, Name::Leads(_))
+                || !no_file.iter().any(|p| self.link.starts_with(p)))
+    }
+
+    pub fn obstacle(
+        &self,
+        why: impl std::fmt::Display,
+        remedy: impl std::fmt::Display,
+    ) -> Obstacle {
+        Obstacle::new(object(self.fd, self.link), why, remedy)
+    }
+}
+
+pub(super) fn object(fd: i32, link: &[u8]) -> String {
+    format!("fd {fd} {}", String::from_utf8_lossy(link))
+}
+
+/// `/proc/PID`, held: never another process's.
+pub(super) struct ProcDir {
+    pid: i32,
+    dir: OwnedFd,
+}
+
+impl ProcDir {
+    pub fn open(pid: i32) -> Result<ProcDir> {
+        let flags = OFlag::O_DIRECTORY | OFlag::O_PATH | OFlag::O_CLOEXEC;
+        match nix::fcntl::open(format!("/proc/{pid}").as_str(), flags, Mode::empty()) {
+            Ok(dir) => Ok(ProcDir { pid, dir }),
+            Err(Errno::ENOENT) => Err(Error::Gone(pid)),
+            Err(e) => Err(e).context("open", format!("/proc/{pid}")),
+        }
+    }
+
+    fn failed(&self, e: Errno, op: &'static str, name: &str) -> Error {
+        match e {
+            Errno::ESRCH => Error::Gone(self.pid),
+            e => Error::Os {
+                op,
+                object: format!("/proc/{}/{name}", self.pid),
+                cause: e.into(),
+            },
+        }
+    }
+
+    /// The numbers of all descriptors, ascending.
+    pub fn numbers(&self) -> Result<Vec<i32>> {
+        let flags = OFlag::O_DIRECTORY | OFlag::O_RDONLY | OFlag::O_CLOEXEC;
+        let mut dir = Dir::openat(&self.dir, "fd", flags, Mode::empty())
+            .map_err(|e| self.failed(e, "open", "fd"))?;
+        let mut found = Vec::new();
+        for entry in dir.iter() {
+            let entry = entry.map_err(|e| self.failed(e, "read", "fd"))?;
+            let name = entry.file_name().to_str();
+            found.extend(name.ok().and_then(|n| n.parse::<i32>().ok()));
+            if found.len() > MAX_FDS {
+                return Err(Error::Refused(vec![Obstacle::new(
+                    format!("process {}", self.pid),
+                    format!("has more than {MAX_FDS} descriptors open"),
+                    "let it close some first",
+                )]));
+            }
+        }
+        found.sort_unstable();
+        Ok(found)
+    }
+
+    fn link(&self, name: &str) -> nix::Result<Vec<u8>> {
+        Ok(readlinkat(&self.dir, name)?.into_vec())
+    }
+
+    /// Looks at a descriptor; none where it is closed by now.
+    pub fn glance(&self, fd: i32) -> Result<Option<Glance>> {
+        let name = format!("fdinfo/{fd}");
+        let mut text = [0u8; 1024];
+        let info = openat(
+            &self.dir,
+            name.as_str(),
+            OFlag::O_RDONLY | OFlag::O_CLOEXEC,
+            Mode::empty(),
+        )
+        .and_then(|f| read(&f, &mut text));
+        let link = match &info {
+            Ok(_) => self.link(&format!("fd/{fd}")),
+            Err(e) => Err(*e),
+        };
+        let (n, link) = match (info, link) {
+            (Ok(n), Ok(link)) => (n, link),
+            (Err(Errno::ENOENT), _) | (_, Err(Errno::ENOENT)) => return Ok(None),
+            (Err(e), _) | (_, Err(e)) => return Err(self.failed(e, "read", &name)),
+        };
+        parse_fdinfo(&text[..n], link)
+            .map(Some)
+            .map_err(|what| Error::bad(format!("/proc/{}/{name}", self.pid), what))
+    }
+
+    /// Finds out what a descriptor is of; none where it is closed by now, or of
+    /// another file than at the glance.
+    pub fn nature(&self, fd: i32, glance: &Glance) -> Result<Option<Nature>> {
+        let name = format!("fd/{fd}");
+        let look = || -> nix::Result<(FileStat, i64)> {
+            let stat = fstatat(&self.dir, name.as_str(), AtFlags::empty())?;
+            let magic = statfs(format!("/proc/{}/{name}", self.pid).as_str())?;
+            Ok((stat, magic.filesystem_type().0))
+        };
+        let (stat, magic) = match look() {
+            Ok(found) => found,
+            Err(Errno::ENOENT) => return Ok(None),
+            Err(e) => return Err(self.failed(e, "look at", &name)),
+        };
+        if stat.st_ino != glance.ino {
+            return Ok(None);
+        }
+        Ok(Some(Nature {
+            mode: stat.st_mode,
+            ino: stat.st_ino,
+            rdev: stat.st_rdev,
+            magic,
+            name: name_of(&glance.link, &stat),
+        }))
+    }
+
+    /// Where `cwd` or `root` leads.
+    pub fn directory(
+        &self,
+        which: &'static str,
+    ) -> Result<std::result::Result<FilePath, Obstacle>> {
+        let link = self
+            .link(which)
+            .map_err(|e| self.failed(e, "read", which))?;
+        let stat = fstatat(&self.dir, which, AtFlags::empty())
+            .map_err(|e| self.failed(e, "look at", which))?;
+        let shown = String::from_utf8_lossy(&link);
+        Ok(match name_of(&link, &stat) {
+            Name::Leads(path) => Ok(path),
+            Name::Deleted => Err(Obstacle::new(
+                format!("{which} {shown}"),
+                "is a deleted directory",
+                "let the program change to another one first",
+            )),
+            Name::Elsewhere | Name::None => Err(Obstacle::new(
+                format!("{which} {shown}"),
+                "no path leads to it from here",
+                "let the program change to a directory of this mount namespace first",
+            )),
+        })
+    }
+
+    pub fn as_fd(&self) -> impl AsFd + '_ {
+        self.dir.as_fd()
+    }
+}
+
+fn name_of(link: &[u8], stat: &FileStat) -> Name {
+    if !link.starts_with(b"/") {
+        return Name::None;
+    }
+    let leads = FilePath::new(link).ok().filter(|path| {
+        Pinned::by_path(path).is_ok_and(|found| {
+            (found.stat().st_dev, found.stat().st_ino) == (stat.st_dev, stat.st_ino)
+        })
+    });
+    match leads {
+        Some(path) => Name::Leads(path),
+        None if stat.st_nlink == 0 || link.ends_with(b" (deleted)") => Name::Deleted,
+        None => Name::Elsewhere,
+    }
+}
+
+fn parse_fdinfo(text: &[u8], link: Vec<u8>) -> std::result::Result<Glance, &'static str> {
+    let text = String::from_utf8_lossy(text);
+    let (mut flags, mut position, mut mount, mut ino) = (None, None, None, None);
+    let mut locked = false;
+    for line in text.lines() {
+        let Some((key, value)) = line.split_once(':') else {
+            continue;
+        };
+        let value = value.trim();
+        match key {
+            "pos" => position = position.or(value.parse().ok()),
+            "flags" => flags = flags.or(i32::from_str_radix(value, 8).ok()),
+            "mnt_id" => mount = mount.or(value.parse().ok()),
+            "ino" => ino = ino.or(value.parse().ok()),
+            "lock" => locked = true,
+            _ => {}
+        }
+    }
+    Ok(Glance {
+        flags: flags.ok_or("shows no flags")?,
+        position: position.ok_or("shows no position")?,
+        mount: mount.ok_or("shows no mount")?,
+        ino: ino.ok_or("shows no inode: linux 5.14 or later is needed")?,
+        locked,
+        link,
+    })
+}
+
+/// A process that went away answers `ESRCH` on everything below its held
+/// directory.
+pub(super) fn still_there(proc: &ProcDir) -> io::Result<bool> {
+    match fstatat(proc.as_fd(), "fd", AtFlags::empty()) {
+        Ok(_) => Ok(true),
+        Err(Errno::ESRCH | Errno::ENOENT) => Ok(false),
+        Err(e) => Err(e.into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fdinfo_is_read() {
+        let text = b"pos:\t12\nflags:\t02102001\nmnt_id:\t29\nino:\t77\nlock:\t1: FLOCK  ADVISORY  WRITE 1 fe:00:77 0 EOF\n";
+        let g = parse_fdinfo(text, b"/a".to_vec()).unwrap();
+        assert_eq!(
+            (g.position, g.flags, g.mount, g.ino),
+            (12, 0o2102001, 29, 77)
+        );
+        assert!(g.locked);
+    }
+
+    #[test]
+    fn fdinfo_that_lacks_something_is_refused() {
+        for text in [
+            &b""[..],
+            b"pos:\t1\n",
+            b"pos:\t-1\nflags:\t0\nmnt_id:\t1\nino:\t1\n",
+            b"\xff\xfe",
+        ] {
+            assert!(parse_fdinfo(text, Vec::new()).is_err());
+        }
+    }
+}

@@ -1,0 +1,113 @@
+//! The table opened again at the target, in pmig's own process: one descriptor
+//! for each description, which the process being built then pulls over.
+
+use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
+
+use super::{device, directory, pipe, regular, Description, FdTable, Kind};
+use crate::error::{Error, Result};
+use crate::state::objects::Opener;
+
+/// What became of a table when the final one arrived.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Shape {
+    /// Everything was changed on descriptions the process may hold already.
+    Same,
+    /// Opened anew: the process must pull all of it (again).
+    Changed,
+}
+
+/// A table and everything in it, open. Drop it before the process goes on:
+/// while it lives, so do both ends of every pipe.
+#[derive(Debug)]
+pub struct Opened {
+    pub(super) table: FdTable,
+    pub(super) descriptions: Vec<OwnedFd>,
+    pub(super) cwd: OwnedFd,
+    pub(super) root: OwnedFd,
+}
+
+impl Opened {
+    /// Opens everything in a table that came from a peer.
+    ///
+    /// # Errors
+    /// Naming the file and what is wrong with it here.
+    pub fn open(table: FdTable, opener: &Opener) -> Result<Opened> {
+        table.check()?;
+        let mut ends: BTreeMap<u32, Vec<usize>> = BTreeMap::new();
+        let mut fds: Vec<Option<OwnedFd>> = Vec::with_capacity(table.descriptions.len());
+        for (n, d) in table.descriptions.iter().enumerate() {
+            fds.push(match &d.kind {
+                Kind::Regular(r) => Some(regular::open(d, r, opener)?),
+                Kind::Directory(dir) => Some(directory::open(d, dir, opener)?),
+                Kind::Device(dev) => Some(device::open(d, dev, opener)?),
+                Kind::Pipe(end) => {
+                    ends.entry(end.pipe).or_default().push(n);
+                    None
+                }
+            });
+        }
+        for (pipe, ends) in ends {
+            let of: Vec<&Description> = ends.iter().map(|&n| &table.descriptions[n]).collect();
+            let made = pipe::open_ends(&table.pipes[pipe as usize], &of)?;
+            for (n, fd) in ends.into_iter().zip(made) {
+                fds[n] = Some(fd);
+            }
+        }
+        let cwd = opener.place(&table.cwd)?.into_fd();
+        let root = opener.place(&table.root)?.into_fd();
+        let descriptions = fds
+            .into_iter()
+            .collect::<Option<Vec<_>>>()
+            .ok_or_else(|| Error::bad("descriptor table", "a description was not opened"))?;
+        Ok(Opened {
+            table,
+            descriptions,
+            cwd,
+            root,
+        })
+    }
+
+    /// Takes the final table: changes what differs on the descriptions that
+    /// are open, or, where that is not enough, opens everything anew.
+    ///
+    /// # Errors
+    /// As [`Opened::open`].
+    pub fn finish(&mut self, table: FdTable, opener: &Opener) -> Result<Shape> {
+        table.check()?;
+        if !self.table.is_same_shape(&table) {
+            *self = Opened::open(table, opener)?;
+            return Ok(Shape::Changed);
+        }
+        let before = &self.table.descriptions;
+        for ((d, old), fd) in table
+            .descriptions
+            .iter()
+            .zip(before)
+            .zip(&self.descriptions)
+        {
+            if let Kind::Pipe(end) = &d.kind {
+                pipe::set_flags(fd, d)?;
+                let n = end.pipe as usize;
+                // A pipe is filled once, through the first of its ends.
+                if self.table.pipes[n] != table.pipes[n] {
+                    table.pipes[n].fill(fd)?;
+                    self.table.pipes[n] = table.pipes[n].clone();
+                }
+            } else if d != old {
+                match &d.kind {
+                    Kind::Regular(r) => regular::adjust(fd, d, r)?,
+                    Kind::Directory(dir) => directory::adjust(fd, d, dir)?,
+                    Kind::Device(dev) => device::adjust(fd, d, dev)?,
+                    Kind::Pipe(_) => {}
+                }
+            }
+        }
+        self.table = table;
+        Ok(Shape::Same)
+    }
+
+    pub fn table(&self) -> &FdTable {
+        &self.table
+    }
+}
