@@ -168,6 +168,10 @@ impl Hold {
 impl Drop for Hold {
     fn drop(&mut self) {
         let Some(cgroup) = self.0.take() else { return };
+        if !cgroup.place.cgroup.exists() {
+            // Somebody finished or undid the migration by its records.
+            return;
+        }
         if let Err(e) = cgroup.send_home() {
             tracing::warn!("{e}");
         } else if let Err(e) = cgroup.remove_now() {

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use nix::fcntl::FlockArg;
 use serde::{Deserialize, Serialize};
 
-use super::{claim, folder, json, read, Entry, Found, New, Record, Role};
+use super::{claim, folder, json, read, Entry, Found, NeverRan, New, Record, Role};
 use crate::error::{Error, Result};
 use crate::hold::Frozen;
 use crate::id::{Id, Secret};
@@ -178,18 +178,29 @@ impl Committing {
         }
     }
 
-    /// Records where the program is, unless that was recorded before; says what
-    /// stands now. Act on that, not on the wish.
-    ///
-    /// Only the target's own word (or a person's) is a reason.
-    pub fn decide(&self, wish: Verdict) -> Result<Verdict> {
-        let won = self.0.folder.decide("verdict", &json(&wish)?);
-        match self.verdict()? {
-            Some(verdict) => Ok(verdict),
-            None => Err(won.err().unwrap_or_else(|| {
-                Error::bad(self.0.folder.path().display(), "the record vanished")
-            })),
-        }
+    /// The target's word that it runs there. Says what stands now, which is
+    /// another thing where a person was faster.
+    pub fn runs_there(&self) -> Result<Verdict> {
+        self.decide(Verdict::Moved {
+            why: "the target said that it runs there".into(),
+        })
+    }
+
+    /// The target's word that it never ran there.
+    pub fn never_ran(&self, _: NeverRan) -> Result<Verdict> {
+        self.decide(Verdict::RunsHere {
+            why: "the target said that it never ran there".into(),
+        })
+    }
+
+    /// A person's word, where the target can say nothing.
+    pub fn by_hand(&self, runs_here: bool) -> Result<Verdict> {
+        let why = "a person said so".into();
+        self.decide(if runs_here {
+            Verdict::RunsHere { why }
+        } else {
+            Verdict::Moved { why }
+        })
     }
 
     /// The target has acknowledged: records it, kills the copy here, settles.
@@ -198,8 +209,7 @@ impl Committing {
     /// Fails, and kills nothing, where a person has meanwhile said that it goes
     /// on here.
     pub fn release(&self, held: Frozen) -> Result<()> {
-        let why = "the target acknowledged the commit".into();
-        match self.decide(Verdict::Moved { why })? {
+        match self.runs_there()? {
             Verdict::Moved { .. } => {
                 held.kill()?;
                 self.0.settle()
@@ -208,6 +218,17 @@ impl Committing {
                 format!("migration {}", self.0.record.id),
                 format!("runs at the target, and here too: {why}"),
             )),
+        }
+    }
+
+    /// Records where the program is, unless that was recorded before.
+    fn decide(&self, wish: Verdict) -> Result<Verdict> {
+        let won = self.0.folder.decide("verdict", &json(&wish)?);
+        match self.verdict()? {
+            Some(verdict) => Ok(verdict),
+            None => Err(won.err().unwrap_or_else(|| {
+                Error::bad(self.0.folder.path().display(), "the record vanished")
+            })),
         }
     }
 

@@ -164,6 +164,10 @@ impl Committed {
         read(&self.0.folder, "files")
     }
 
+    pub fn settled(&self) -> Result<bool> {
+        self.0.settled()
+    }
+
     /// It runs, its files are in place, nothing more is to be done.
     pub fn settle(&self) -> Result<()> {
         self.0.settle()
@@ -185,8 +189,12 @@ impl Aborted {
         if let Some(held) = Frozen::open(&self.record().place)? {
             held.kill()?;
         }
-        self.0.settle()?;
         Ok(NeverRan(()))
+    }
+
+    /// The husk is dead, its files are gone, nothing more is to be done.
+    pub fn settle(&self) -> Result<()> {
+        self.0.settle()
     }
 }
 

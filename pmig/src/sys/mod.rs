@@ -2,6 +2,7 @@
 #![allow(unsafe_code)]
 
 pub mod fds;
+pub mod inherit;
 pub mod pagemap;
 pub mod pidfd;
 pub mod ptrace;

@@ -1,0 +1,346 @@
+//! The keeper: a small process that outlives pmig and sees to it that the
+//! program is never left stopped.
+//!
+//! It is started before anything is stopped, in a session of its own, and hears
+//! from pmig over a socket. When pmig dies, or stays silent while the program
+//! stands still, the keeper aborts the migration if nothing was committed, and
+//! otherwise asks the target. It competes with pmig for the record (see
+//! [`crate::journal`]), so whichever is first, both act on the same decision.
+//! If it dies too, the next pmig command does its work ([`crate::resolve`]).
+
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
+use nix::sys::signal::{kill, SigSet, Signal};
+use nix::unistd::{getppid, setsid, Pid};
+
+use crate::error::{Context, Error, Result};
+use crate::fault::{self, Role};
+use crate::id::Id;
+use crate::journal::{run_dir, Armed, Folder, Stage};
+use crate::phase::Phase;
+use crate::resolve::{self, Now};
+use crate::sys::inherit::close_from;
+
+/// How long pmig may be silent while the program stands still, before the
+/// commit. `PMIG_PATIENCE_MS` changes it.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// The same after COMMITTING, when nothing can be undone and pmig itself is
+/// asking the target.
+const COMMIT_PATIENCE: Duration = Duration::from_secs(40);
+
+/// How long the target is asked after pmig's death, before a later command or a
+/// person has to.
+const ASK_FOR: Duration = Duration::from_secs(60);
+
+/// How long a keeper may take to start, and to end when all is done.
+const START: Duration = Duration::from_secs(10);
+
+const READY: u8 = b'k';
+const STOPPED: u8 = b's';
+const RUNNING: u8 = b'r';
+const ALIVE: u8 = b'.';
+const DONE: u8 = b'd';
+
+/// pmig's end of the line to its keeper. Dropped without [`Keeper::done`], the
+/// keeper does by the records what is left to do.
+#[derive(Debug)]
+pub struct Keeper {
+    line: UnixStream,
+    child: Option<Child>,
+    log: PathBuf,
+}
+
+impl Keeper {
+    /// Starts a keeper for an armed migration and waits until it watches.
+    /// Before anything is stopped.
+    pub fn start(armed: &Armed) -> Result<Keeper> {
+        Keeper::start_from(Path::new("/proc/self/exe"), armed)
+    }
+
+    /// The same with another executable than our own.
+    pub fn start_from(exe: &Path, armed: &Armed) -> Result<Keeper> {
+        let id = armed.record().id;
+        Folder::at(&run_dir())?;
+        let log = run_dir().join(format!("keeper-{id}.log"));
+        let out = std::fs::File::options()
+            .append(true)
+            .create(true)
+            .mode(0o600)
+            .custom_flags(libc::O_NOFOLLOW)
+            .open(&log)
+            .context("open", log.display())?;
+        let (line, theirs) = UnixStream::pair().context("make", "a socket for the keeper")?;
+        let child = Command::new(exe)
+            .arg0("pmig")
+            .args(["keeper", &id.to_string()])
+            .stdin(OwnedFd::from(theirs))
+            .stdout(Stdio::null())
+            .stderr(out)
+            .current_dir("/")
+            .spawn()
+            .context("start", "the keeper")?;
+        let mut keeper = Keeper {
+            line,
+            child: Some(child),
+            log,
+        };
+        let mut word = [0];
+        keeper
+            .line
+            .set_read_timeout(Some(START))
+            .and_then(|()| keeper.line.read_exact(&mut word))
+            .context("wait for the keeper, whose log is", keeper.log.display())?;
+        keeper
+            .line
+            .set_nonblocking(true)
+            .context("set up", "the line to the keeper")?;
+        Ok(keeper)
+    }
+
+    /// A phase begins.
+    ///
+    /// # Errors
+    /// The keeper is dead. Up to [`Phase::Ready`] the migration must then be
+    /// aborted; later it goes on without.
+    pub fn enter(&mut self, phase: Phase) -> Result<()> {
+        let number = Phase::ALL.iter().position(|p| *p == phase).unwrap_or(0);
+        self.say(b'0' + number as u8)
+    }
+
+    /// From now on the program stands still: if pmig is silent for too long,
+    /// it dies and the program goes on.
+    pub fn stopped(&mut self) -> Result<()> {
+        self.say(STOPPED)
+    }
+
+    /// The program runs again.
+    pub fn running(&mut self) -> Result<()> {
+        self.say(RUNNING)
+    }
+
+    /// There is progress. Costs a microsecond; wanted every second or so while
+    /// the program stands still.
+    pub fn alive(&mut self) -> Result<()> {
+        self.say(ALIVE)
+    }
+
+    /// All is settled. Waits until the keeper has ended.
+    pub fn done(mut self) {
+        let _ = self.say(DONE);
+        let _ = self.line.shutdown(std::net::Shutdown::Write);
+        let Some(mut child) = self.child.take() else {
+            return;
+        };
+        let start = Instant::now();
+        while start.elapsed() < Duration::from_secs(2) {
+            match child.try_wait() {
+                Ok(None) => std::thread::sleep(Duration::from_millis(1)),
+                Ok(Some(status)) => {
+                    if status.success() {
+                        let _ = std::fs::remove_file(&self.log);
+                    }
+                    return;
+                }
+                Err(_) => return,
+            }
+        }
+        tracing::debug!("the keeper does not end by itself");
+        let _ = child.kill();
+        let _ = child.wait();
+    }
+
+    fn say(&mut self, word: u8) -> Result<()> {
+        match self.line.write(&[word]) {
+            Ok(_) => Ok(()),
+            // It doesn't listen just now; that is its matter.
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(()),
+            Err(_) => Err(Error::bad(
+                "keeper",
+                format!("has died; its log is {}", self.log.display()),
+            )),
+        }
+    }
+}
+
+/// Why the keeper must act.
+enum Call {
+    /// pmig said that all is settled.
+    Done,
+    /// Its end of the line is closed.
+    Silent,
+    /// It is there and does nothing.
+    Stalled,
+}
+
+/// The keeper's life. Standard input is the line to pmig.
+///
+/// # Errors
+/// The program stays held, or could not be let go; the log says why.
+pub fn run(id: Id) -> Result<()> {
+    close_from(3).context("close", "inherited descriptors")?;
+    let mut deaf = SigSet::empty();
+    for signal in [
+        Signal::SIGHUP,
+        Signal::SIGINT,
+        Signal::SIGTERM,
+        Signal::SIGQUIT,
+        Signal::SIGTSTP,
+        Signal::SIGUSR1,
+        Signal::SIGUSR2,
+    ] {
+        deaf.add(signal);
+    }
+    deaf.thread_block().context("block", "signals")?;
+    let _ = setsid();
+    // Not killed for memory it doesn't use, where that may be asked.
+    let _ = std::fs::write("/proc/self/oom_score_adj", "-900");
+
+    let pmig = getppid();
+    let line = io::stdin()
+        .as_fd()
+        .try_clone_to_owned()
+        .context("take over", "the line to pmig")?;
+    let mut line = UnixStream::from(line);
+    let armed = Armed::join(id)?;
+    line.write_all(&[READY]).context("answer", "pmig")?;
+
+    let mut watch = Watch {
+        armed: &armed,
+        phase: Phase::Hello,
+        stopped: false,
+        heard: Instant::now(),
+    };
+    let call = watch.listen(&mut line)?;
+    let phase = watch.phase;
+    let why = match call {
+        Call::Done if armed.settled()? => return Ok(()),
+        Call::Done | Call::Silent => format!("pmig ended in {phase}"),
+        Call::Stalled => format!("pmig made no progress in {phase}"),
+    };
+    tracing::info!("migration {id}: {why}");
+    // First the decision, then the end of pmig: it may be about to commit.
+    let patience = match armed.abort(&why)? {
+        _ if matches!(call, Call::Stalled) => Duration::ZERO,
+        Stage::Aborted(..) | Stage::Armed(_) => patience(),
+        Stage::Committing(_) | Stage::Decided(..) => COMMIT_PATIENCE,
+    };
+    outlive(pmig, patience);
+    let now = resolve::finish(&armed, &why, ASK_FOR, || {})?;
+    tracing::info!("migration {id}: {now:?}");
+    match now {
+        Now::Held { why } => Err(Error::bad(
+            format!("process {}", armed.record().pid),
+            format!("stays held: {why}"),
+        )),
+        Now::RunsHere | Now::Ended => resolve::abandon(armed.record(), ASK_FOR),
+        Now::Moved | Now::Rebooted => Ok(()),
+    }
+}
+
+struct Watch<'a> {
+    armed: &'a Armed,
+    phase: Phase,
+    /// The program stands still.
+    stopped: bool,
+    heard: Instant,
+}
+
+impl Watch<'_> {
+    fn listen(&mut self, line: &mut UnixStream) -> Result<Call> {
+        loop {
+            let timeout = if self.stopped {
+                match self.left()? {
+                    Some(left) => PollTimeout::try_from(left + Duration::from_millis(1))
+                        .unwrap_or(PollTimeout::MAX),
+                    None => return Ok(Call::Stalled),
+                }
+            } else {
+                PollTimeout::NONE
+            };
+            let mut fds = [PollFd::new(line.as_fd(), PollFlags::POLLIN)];
+            match poll(&mut fds, timeout) {
+                Ok(0) | Err(Errno::EINTR) => continue,
+                Ok(_) => {}
+                Err(e) => return Err(e).context("wait for", "pmig"),
+            }
+            let mut words = [0; 64];
+            let got = match line.read(&mut words) {
+                Ok(0) => return Ok(Call::Silent),
+                Ok(got) => got,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+                Err(_) => return Ok(Call::Silent),
+            };
+            self.heard = Instant::now();
+            for word in &words[..got] {
+                match *word {
+                    DONE => return Ok(Call::Done),
+                    STOPPED => self.stopped = true,
+                    RUNNING => self.stopped = false,
+                    ALIVE => {}
+                    word => {
+                        let at = usize::from(word.wrapping_sub(b'0'));
+                        let Some(phase) = Phase::ALL.get(at) else {
+                            continue;
+                        };
+                        self.phase = *phase;
+                        fault::point(*phase, Role::Keeper, || {
+                            let _ = line.shutdown(std::net::Shutdown::Both);
+                        });
+                    }
+                }
+            }
+        }
+    }
+
+    /// How long pmig may stay silent yet.
+    fn left(&self) -> Result<Option<Duration>> {
+        let silent = self.heard.elapsed();
+        if silent < patience() {
+            return Ok(Some(patience() - silent));
+        }
+        Ok(match self.armed.stage()? {
+            Stage::Armed(_) | Stage::Aborted(..) => None,
+            Stage::Committing(_) | Stage::Decided(..) => {
+                let limit = COMMIT_PATIENCE.max(patience());
+                limit.checked_sub(silent).filter(|left| !left.is_zero())
+            }
+        })
+    }
+}
+
+fn patience() -> Duration {
+    std::env::var("PMIG_PATIENCE_MS")
+        .ok()
+        .and_then(|ms| ms.parse().ok())
+        .map_or(PATIENCE, Duration::from_millis)
+}
+
+/// Returns once pmig is dead, which lets go of all that it traced; kills it if
+/// it lives longer than `patience`.
+fn outlive(pmig: Pid, patience: Duration) {
+    let start = Instant::now();
+    let mut killed = false;
+    // While it is our parent, nobody else can have its number.
+    while getppid() == pmig {
+        if !killed && start.elapsed() >= patience {
+            tracing::warn!("killing pmig {pmig}");
+            let _ = kill(pmig, Signal::SIGKILL);
+            killed = true;
+        }
+        if start.elapsed() > patience + START {
+            tracing::warn!("pmig {pmig} does not die");
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}

@@ -1,0 +1,274 @@
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use serde::Serialize;
+
+use super::{source, target, Files, Now};
+use crate::error::{printable, Error, Result};
+use crate::id::Id;
+use crate::journal::{self, Armed, Fate, Found, Husk, Record, Role, Stage};
+
+/// A migration that waits for something.
+#[derive(Debug, Clone, Serialize)]
+pub struct Unresolved {
+    pub id: Id,
+    pub role: Role,
+    pub pid: i32,
+    /// Unescaped, as the program set it.
+    pub comm: String,
+    pub peer: String,
+    /// Seconds since it began.
+    pub age: u64,
+    /// A pmig or a keeper is at work on it.
+    pub busy: bool,
+    /// Where it stands, as a sentence.
+    pub what: String,
+}
+
+/// What a person wants.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum How {
+    /// What the two machines agree on.
+    Ask,
+    /// That it runs on this machine.
+    RunHere,
+    /// That it does not run on this machine.
+    Drop,
+}
+
+/// What became of it.
+#[derive(Debug, Clone, Serialize)]
+pub struct Resolved {
+    pub id: Id,
+    /// Whether nothing is held on this machine any more.
+    pub resolved: bool,
+    /// What happened and where the program is, as one or more lines.
+    pub text: String,
+}
+
+/// All migrations of this machine that are not settled.
+///
+/// # Errors
+/// The state directory cannot be read. A single record that cannot is skipped
+/// with a warning.
+pub fn unresolved() -> Result<Vec<Unresolved>> {
+    let mut all = Vec::new();
+    for role in [Role::Source, Role::Target] {
+        for id in journal::unsettled(role)? {
+            let one = match role {
+                Role::Source => of_source(id),
+                Role::Target => of_target(id),
+            };
+            match one {
+                Ok(one) => all.extend(one),
+                Err(e) => tracing::warn!("migration {id}: {e}"),
+            }
+        }
+    }
+    Ok(all)
+}
+
+fn of_source(id: Id) -> Result<Option<Unresolved>> {
+    Ok(match journal::open_source(id)? {
+        Found::Missing => None,
+        Found::Mine(armed) => {
+            let peer = printable(&armed.record().peer);
+            let what = match armed.stage()? {
+                Stage::Committing(_) => format!(
+                    "held here, frozen: {peer} was told to let it run, and has not said whether it does"
+                ),
+                Stage::Decided(..) => "decided, but what follows was not done".into(),
+                Stage::Armed(_) | Stage::Aborted(..) => "aborted, but not cleared away".into(),
+            };
+            Some(describe(armed.record(), false, what))
+        }
+        Found::Busy => {
+            let armed = Armed::join(id)?;
+            let peer = printable(&armed.record().peer);
+            let what = match armed.stage()? {
+                Stage::Armed(_) => format!("on its way to {peer}"),
+                _ => format!("being settled with {peer}"),
+            };
+            Some(describe(armed.record(), true, what))
+        }
+    })
+}
+
+fn of_target(id: Id) -> Result<Option<Unresolved>> {
+    Ok(match journal::open_target(id)? {
+        Found::Missing => None,
+        Found::Mine(husk) => {
+            let peer = printable(&husk.record().peer);
+            let what = match husk.fate()? {
+                None if husk.lives()? => {
+                    format!("a copy is held here, frozen: {peer} has not said whether it may run")
+                }
+                None => "its copy here died before it was ready".into(),
+                Some(_) => "decided, but what follows was not done".into(),
+            };
+            Some(describe(husk.record(), false, what))
+        }
+        Found::Busy => {
+            let husk = Husk::join(id)?;
+            let what = format!("on its way here from {}", printable(&husk.record().peer));
+            Some(describe(husk.record(), true, what))
+        }
+    })
+}
+
+fn describe(record: &Record, busy: bool, what: String) -> Unresolved {
+    let now = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |d| d.as_secs());
+    Unresolved {
+        id: record.id,
+        role: record.role,
+        pid: record.pid,
+        comm: record.comm.clone(),
+        peer: record.peer.clone(),
+        age: now.saturating_sub(record.time),
+        busy,
+        what,
+    }
+}
+
+/// Resolves one migration, by what the machines agree on if they do, and
+/// otherwise as the person says.
+///
+/// # Errors
+/// There is no such migration here, somebody is at work on it, or its record or
+/// cgroup cannot be used.
+pub fn resolve(id: Id, how: How, files: &dyn Files) -> Result<Resolved> {
+    let busy = || {
+        Err(Error::bad(
+            format!("migration {id}"),
+            "a pmig or its keeper is at work on it; try again in a minute",
+        ))
+    };
+    match journal::open_source(id)? {
+        Found::Mine(armed) => return resolve_source(&armed, how),
+        Found::Busy => return busy(),
+        Found::Missing => {}
+    }
+    match journal::open_target(id)? {
+        Found::Mine(husk) => resolve_target(&husk, how, files),
+        Found::Busy => busy(),
+        Found::Missing => Err(Error::bad(
+            format!("migration {id}"),
+            "this machine has no record of it",
+        )),
+    }
+}
+
+fn resolve_source(armed: &Armed, how: How) -> Result<Resolved> {
+    let record = armed.record();
+    let (name, peer) = (name(record), printable(&record.peer));
+    let why = "a person ended it";
+    let mut now = source::finish(armed, why, Duration::ZERO, || {})?;
+    let mut by_hand = false;
+    if let (Now::Held { .. }, How::RunHere | How::Drop) = (&now, how) {
+        if let Stage::Committing(committing) = armed.stage()? {
+            by_hand = true;
+            let verdict = committing.by_hand(how == How::RunHere)?;
+            now = source::act(armed, &verdict)?;
+        }
+    }
+    let (resolved, text) = match now {
+        Now::RunsHere if by_hand => (
+            true,
+            format!("{name} runs on here, because you said so; make sure that {peer} does not run it too"),
+        ),
+        Now::RunsHere => {
+            let mut text = format!("{name} runs here and never ran on {peer}");
+            if let Err(e) = source::abandon(record, Duration::ZERO) {
+                text += &format!("\na copy may still be held, frozen, on {peer} ({e}); there: pmig resolve {} --drop", record.id);
+            }
+            (true, text)
+        }
+        Now::Moved if by_hand => (
+            true,
+            format!("the copy of {name} held here is gone, because you said so; whether it runs on {peer} is not known here"),
+        ),
+        Now::Moved => (
+            true,
+            format!("{name} runs on {peer}; the copy held here is gone"),
+        ),
+        Now::Held { why } => (
+            false,
+            format!(
+                "{name} stays held here, frozen: {why}\n\
+                 if you know that {peer} does not run it:  pmig resolve {id} --run-here\n\
+                 if you know that {peer} runs it:          pmig resolve {id} --drop",
+                id = record.id
+            ),
+        ),
+        Now::Ended => (true, format!("{name} has ended; nothing is held here")),
+        Now::Rebooted => (
+            true,
+            format!(
+                "this machine has rebooted since, so the {name} that was here is gone; \
+                 {peer} may run it or hold a copy (there: pmig resolve {})",
+                record.id
+            ),
+        ),
+    };
+    Ok(Resolved {
+        id: record.id,
+        resolved,
+        text,
+    })
+}
+
+fn resolve_target(husk: &Husk, how: How, files: &dyn Files) -> Result<Resolved> {
+    let record = husk.record();
+    let (name, peer) = (name(record), printable(&record.peer));
+    let done = |text| (true, text);
+    let (resolved, text) = if !husk.this_boot()? {
+        husk.settle_lost()?;
+        done(format!(
+            "this machine has rebooted since, so the {name} that was here is gone; what {peer} holds is the last copy"
+        ))
+    } else {
+        let (fate, by_hand) = match (husk.fate()?, how) {
+            (Some(fate), _) => (Some(fate), false),
+            (None, _) if !husk.lives()? => (Some(husk.abort("its session died")?), false),
+            (None, How::Ask) => (None, false),
+            (None, How::RunHere) => (Some(husk.commit_by_hand()?), true),
+            (None, How::Drop) => (Some(husk.abort("a person dropped it")?), true),
+        };
+        match fate {
+            None => (
+                false,
+                format!(
+                    "a copy of {name} is held here, frozen, until {peer} says whether it may run\n\
+                     on {peer} try:                                pmig resolve {id}\n\
+                     if {peer} is gone for good and runs it no more: pmig resolve {id} --run-here\n\
+                     if it runs on {peer}:                          pmig resolve {id} --drop",
+                    id = record.id
+                ),
+            ),
+            Some(Fate::Committed(committed)) => {
+                target::finish(&committed, files)?;
+                done(if by_hand {
+                    format!("{name} runs here, because you said so; make sure that {peer} does not run it too")
+                } else {
+                    format!("{name} was committed here: it runs here, or has ended since")
+                })
+            }
+            Some(Fate::Aborted(aborted)) => {
+                target::undo(&aborted, files)?;
+                done(format!(
+                    "the copy of {name} held here is gone; it never ran here"
+                ))
+            }
+        }
+    };
+    Ok(Resolved {
+        id: record.id,
+        resolved,
+        text,
+    })
+}
+
+fn name(record: &Record) -> String {
+    format!("{} {}", record.pid, printable(&record.comm))
+}

@@ -1,0 +1,188 @@
+use std::time::{Duration, Instant};
+
+use crate::error::{Error, Result};
+use crate::hold::Frozen;
+use crate::id::Id;
+use crate::journal::{self, Armed, Committing, Found, Record, Stage, Verdict};
+use crate::protocol::fate::{self, Answer, Question, What};
+use crate::protocol::preface;
+use crate::transport;
+
+/// Between two questions to a target that didn't answer.
+const PAUSE: Duration = Duration::from_secs(1);
+
+/// Where the source's program is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Now {
+    /// It runs here.
+    RunsHere,
+    /// It runs at the target; what was held here is gone.
+    Moved,
+    /// It is held here, frozen, and why nothing more can be done.
+    Held { why: String },
+    /// It ended, or somebody killed it.
+    Ended,
+    /// The machine has rebooted since.
+    Rebooted,
+}
+
+/// Asks the target of a migration, once.
+///
+/// # Errors
+/// The target cannot be reached, or does not answer in time.
+pub fn ask(record: &Record, what: What) -> Result<Answer> {
+    let addr = record
+        .addr
+        .as_ref()
+        .ok_or_else(|| Error::bad(format!("migration {}", record.id), "has no address to ask"))?;
+    let mut link = transport::connect(addr).map_err(|cause| Error::Link {
+        peer: addr.host(),
+        cause,
+    })?;
+    preface::open(&mut *link, preface::Kind::Fate)?;
+    fate::ask(
+        &mut *link,
+        &Question {
+            id: record.id,
+            secret: record.secret.clone(),
+            what,
+        },
+    )
+}
+
+/// Has the target decide, and records what it says. Asks again for `patience`;
+/// `tick` is called before each question.
+///
+/// # Errors
+/// The explanation of [`Now::Held`].
+pub fn settle(
+    committing: &Committing,
+    patience: Duration,
+    mut tick: impl FnMut(),
+) -> Result<Verdict, String> {
+    let start = Instant::now();
+    loop {
+        tick();
+        let record = committing.record();
+        // To know is not enough: a Commit may lie unread in a dead connection.
+        let why = match ask(record, What::Abandon) {
+            Ok(Answer::Committed) => return committing.runs_there().map_err(|e| e.to_string()),
+            Ok(Answer::NeverRan(word)) => {
+                return committing.never_ran(word).map_err(|e| e.to_string())
+            }
+            Ok(Answer::Unknown(why)) => {
+                return Err(format!(
+                    "{} cannot say whether it runs there: {why}",
+                    record.peer
+                ))
+            }
+            Ok(Answer::Undecided) => format!("{} has not decided", record.peer),
+            Err(e) => e.to_string(),
+        };
+        if start.elapsed() + PAUSE > patience {
+            return Err(why);
+        }
+        tracing::info!("migration {}: {why}; asking again", record.id);
+        std::thread::sleep(PAUSE);
+    }
+}
+
+/// Tells the target that a migration was aborted, so that nothing stays held
+/// there. Gives up after `patience`.
+///
+/// # Errors
+/// The husk may still be held there; it never runs unless a person says so.
+pub fn abandon(record: &Record, patience: Duration) -> Result<()> {
+    let start = Instant::now();
+    loop {
+        match ask(record, What::Abandon) {
+            Ok(Answer::Committed) => {
+                return Err(Error::bad(
+                    format!("migration {}", record.id),
+                    format!(
+                    "was aborted here, but {} says that it runs there: somebody revived it by hand",
+                    record.peer
+                ),
+                ))
+            }
+            Ok(_) => return Ok(()),
+            Err(e) if start.elapsed() + PAUSE > patience => return Err(e),
+            Err(_) => std::thread::sleep(PAUSE),
+        }
+    }
+}
+
+/// Brings a migration to its end by its records: aborts it where nothing is
+/// decided, has the target decide after COMMITTING, and acts on what stands.
+/// May be called again, and beside others who do the same.
+///
+/// # Errors
+/// A record cannot be read or written, or the cgroup does not obey.
+pub fn finish(armed: &Armed, why: &str, patience: Duration, tick: impl FnMut()) -> Result<Now> {
+    if !armed.this_boot()? {
+        armed.settle()?;
+        return Ok(Now::Rebooted);
+    }
+    let stage = match armed.stage()? {
+        Stage::Armed(armed) => armed.abort(why)?,
+        stage => stage,
+    };
+    let verdict = match stage {
+        Stage::Committing(committing) => match settle(&committing, patience, tick) {
+            Ok(verdict) => verdict,
+            Err(why) => return Ok(Now::Held { why }),
+        },
+        Stage::Decided(_, verdict) => verdict,
+        Stage::Aborted(_, why) => Verdict::RunsHere { why },
+        Stage::Armed(_) => {
+            return Err(Error::bad(
+                format!("migration {}", armed.record().id),
+                "could not be aborted",
+            ))
+        }
+    };
+    act(armed, &verdict)
+}
+
+/// Does what follows from a verdict.
+pub(super) fn act(armed: &Armed, verdict: &Verdict) -> Result<Now> {
+    let record = armed.record();
+    let held = Frozen::open(&record.place)?;
+    let now = match verdict {
+        Verdict::RunsHere { .. } => {
+            if let Some(held) = held {
+                held.thaw()?.release()?;
+            }
+            here(record)
+        }
+        Verdict::Moved { .. } => {
+            if let Some(held) = held {
+                held.kill()?;
+            }
+            Now::Moved
+        }
+    };
+    armed.settle()?;
+    Ok(now)
+}
+
+fn here(record: &Record) -> Now {
+    match journal::start_of(record.pid) {
+        Ok(start) if start == record.start => Now::RunsHere,
+        _ => Now::Ended,
+    }
+}
+
+pub(super) fn sweep_one(id: Id) -> Result<()> {
+    let Found::Mine(armed) = journal::open_source(id)? else {
+        return Ok(());
+    };
+    let why = "its pmig and its keeper died";
+    let now = finish(&armed, why, Duration::ZERO, || {})?;
+    tracing::info!("migration {id} of {}: {now:?}", armed.record().pid);
+    if now == Now::RunsHere {
+        // The target may be long gone, and it was told by then or never will be.
+        let _ = abandon(armed.record(), Duration::ZERO);
+    }
+    Ok(())
+}

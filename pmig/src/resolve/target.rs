@@ -1,0 +1,90 @@
+use super::Files;
+use crate::error::{Error, Result};
+use crate::id::Id;
+use crate::journal::{self, Aborted, Committed, Fate, Found, Looked, NeverRan};
+use crate::protocol::fate::{Answer, Question, What};
+
+/// Answers the source's question about a migration; may have to end its husk
+/// for that.
+pub fn answer(question: &Question, files: &dyn Files) -> Answer {
+    try_answer(question, files).unwrap_or_else(|e| {
+        tracing::warn!("migration {}: {e}", question.id);
+        Answer::Unknown("its record there cannot be used".into())
+    })
+}
+
+fn try_answer(question: &Question, files: &dyn Files) -> Result<Answer> {
+    let fate = match journal::look(question.id, &question.secret)? {
+        Looked::Unknown(why) => return Ok(Answer::Unknown(why)),
+        Looked::Undecided(_) if question.what == What::Ask => return Ok(Answer::Undecided),
+        Looked::Undecided(husk) => husk.abort("the source abandoned it")?,
+        Looked::Decided(fate) => fate,
+    };
+    Ok(match fate {
+        Fate::Aborted(aborted) => Answer::NeverRan(undo(&aborted, files)?),
+        Fate::Committed(committed) => {
+            if !committed.settled()? {
+                committed.thaw_again()?;
+                let id = committed.record().id;
+                // A living session sees to the files itself.
+                if let Found::Mine(_lock) = journal::open_target(id)? {
+                    finish(&committed, files)?;
+                }
+            }
+            Answer::Committed
+        }
+    })
+}
+
+/// Lets it run and puts its files in their places, or does so again.
+pub(super) fn finish(committed: &Committed, files: &dyn Files) -> Result<()> {
+    committed.thaw_again()?;
+    if let Some(noted) = committed.files()? {
+        files.finish(&noted)?;
+    }
+    committed.settle()
+}
+
+/// Ends the husk, and what was shipped for it.
+pub(super) fn undo(aborted: &Aborted, files: &dyn Files) -> Result<NeverRan> {
+    let never = aborted.bury()?;
+    if let Some(noted) = aborted.files()? {
+        if let Err(e) = files.undo(&noted) {
+            // Leftovers take room, but nothing depends on them.
+            tracing::warn!("files shipped for {}: {e}", aborted.record().id);
+        }
+    }
+    aborted.settle()?;
+    Ok(never)
+}
+
+pub(super) fn sweep_one(id: Id, files: &dyn Files) -> Result<()> {
+    let Found::Mine(husk) = journal::open_target(id)? else {
+        return Ok(());
+    };
+    if !husk.this_boot()? {
+        return husk.settle_lost();
+    }
+    match husk.fate()? {
+        Some(Fate::Committed(committed)) => finish(&committed, files),
+        Some(Fate::Aborted(aborted)) => undo(&aborted, files).map(drop),
+        None if husk.lives()? => {
+            let record = husk.record();
+            tracing::info!(
+                "a copy of {} from {} is held here until {} decides",
+                record.pid,
+                record.peer,
+                record.peer
+            );
+            Ok(())
+        }
+        // It died with its session, before it was ready.
+        None => match husk.abort("its session died")? {
+            Fate::Aborted(aborted) => undo(&aborted, files).map(drop),
+            Fate::Committed(_) => Err(Error::bad(
+                format!("migration {id}"),
+                "was committed while it was aborted",
+            )),
+        },
+    }
+}
