@@ -7,6 +7,7 @@
 pub mod error;
 pub mod fault;
 pub mod hold;
+pub mod husk;
 pub mod id;
 pub mod interrupt;
 pub mod journal;

@@ -22,3 +22,17 @@ pub fn get(process: BorrowedFd<'_>, fd: i32) -> io::Result<OwnedFd> {
     // SAFETY: numbers only.
     owned(unsafe { libc::syscall(libc::SYS_pidfd_getfd, process.as_raw_fd(), fd, 0) })
 }
+
+/// Kills that process. One that is gone already is no error.
+pub fn kill(process: BorrowedFd<'_>) {
+    // SAFETY: numbers and a null pointer, which means no siginfo.
+    unsafe {
+        libc::syscall(
+            libc::SYS_pidfd_send_signal,
+            process.as_raw_fd(),
+            libc::SIGKILL,
+            0usize,
+            0,
+        )
+    };
+}

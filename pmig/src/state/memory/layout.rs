@@ -457,6 +457,17 @@ pub fn apply(steps: &[Step], batch: &mut Batch, file: impl Fn(u32) -> Option<Arg
     Ok(())
 }
 
+/// The file that a step needs open.
+pub fn file_of(step: &Step) -> Option<u32> {
+    match step {
+        Step::Map(Vma {
+            backing: Backing::File(n),
+            ..
+        }) => Some(*n),
+        _ => None,
+    }
+}
+
 fn map(v: &Vma, batch: &mut Batch, file: &impl Fn(u32) -> Option<Arg>) -> Result<()> {
     /// `<asm/prctl.h>`
     const ARCH_MAP_VDSO_64: u64 = 0x2003;

@@ -5,7 +5,7 @@ mod ranges;
 mod track;
 
 pub use layout::{
-    apply, preflight, steps, Backing, Layout, MappedFile, Step, Vma, BOTTOM, PAGE, TOP,
+    apply, file_of, preflight, steps, Backing, Layout, MappedFile, Step, Vma, BOTTOM, PAGE, TOP,
 };
 pub use ranges::Ranges;
 pub use track::{Found, Tracker};

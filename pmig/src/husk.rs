@@ -1,0 +1,326 @@
+//! The husk: the real process, with its PID and its address space, built while
+//! the program still runs at the source.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+use std::time::Duration;
+
+use crate::error::{Context, Error, Result};
+use crate::state::memory::{apply, steps, Layout, Vma, BOTTOM, PAGE, TOP};
+use crate::sys::ptrace::{self, Change};
+use crate::sys::spawn;
+use crate::tracee::{Arg, Batch, RemoteAddr, Stopped};
+
+/// Memory of ours in the husk: the runner and its tables.
+const SCRATCH: u64 = 1 << 20;
+/// Steps to a batch.
+const CHUNK: usize = 2048;
+
+/// A process that is nobody yet. Dropping it kills it.
+pub struct Husk {
+    stopped: Stopped,
+    process: OwnedFd,
+    vmas: Vec<Vma>,
+}
+
+impl Husk {
+    /// Makes the process, with the given PID (0: any), in the given cgroup,
+    /// with nothing in its address space but what `layout` leaves free.
+    ///
+    /// # Errors
+    ///
+    /// EEXIST (in [`Error::Os`]) where the PID is taken.
+    pub fn create(pid: i32, cgroup: Option<BorrowedFd<'_>>, layout: &Layout) -> Result<Husk> {
+        let image = spawn::husk_image().context("make", "the husk's image")?;
+        let (gate, opener) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)
+            .context("make", "a pipe to the husk")?;
+        let (pid, process) = spawn::husk(image.as_fd(), gate.as_fd(), cgroup, pid)
+            .context("make a process with pid", pid)?;
+        let killer = KillOnDrop(&process);
+        ptrace::seize(pid, ptrace::EXITKILL | ptrace::TRACESYSGOOD)
+            .context("attach to the husk", pid)?;
+        nix::unistd::write(&opener, &[1]).context("start the husk", pid)?;
+        match ptrace::wait(pid, Duration::from_secs(10)).context("wait for the husk", pid)? {
+            Some(Change::Signal(libc::SIGTRAP)) => {}
+            other => {
+                return Err(Error::bad(
+                    format!("husk {pid}"),
+                    format!("it did not come to its trap: {other:?}"),
+                ))
+            }
+        }
+        let mut stopped =
+            Stopped::husk(pid, RemoteAddr(spawn::HUSK_BASE), PAGE + spawn::HUSK_TABLE)?;
+        let at = hole(&layout.vmas, SCRATCH)?;
+        stopped.relocate_scratch(at, SCRATCH)?;
+        let mut b = Batch::new();
+        clear(&mut b, BOTTOM..at);
+        clear(&mut b, at + SCRATCH..TOP);
+        stopped.run(b)?;
+        std::mem::forget(killer);
+        Ok(Husk {
+            stopped,
+            process,
+            vmas: Vec::new(),
+        })
+    }
+
+    pub fn pid(&self) -> i32 {
+        self.stopped.pid()
+    }
+
+    /// For what is done inside it.
+    pub fn stopped(&mut self) -> &mut Stopped {
+        &mut self.stopped
+    }
+
+    /// Gives it another address space. `files` holds the mapped files by their
+    /// numbers, open in this process. The husk must have no descriptors of the
+    /// program's yet.
+    pub fn adopt(&mut self, layout: &Layout, files: &BTreeMap<u32, OwnedFd>) -> Result<()> {
+        let steps = steps(&self.vmas, &layout.vmas);
+        if steps.is_empty() {
+            return Ok(());
+        }
+        if let Some((start, end)) = self.stopped.scratch() {
+            let in_the_way = |v: &Vma| v.start < end && start < v.end;
+            if layout.vmas.iter().any(in_the_way) {
+                let mut both = layout.vmas.clone();
+                both.extend(self.vmas.iter().cloned());
+                both.sort_by_key(|v| v.start);
+                self.stopped
+                    .relocate_scratch(hole(&both, SCRATCH)?, SCRATCH)?;
+            }
+        }
+        for chunk in steps.chunks(CHUNK) {
+            let mut b = Batch::new();
+            let mut here: BTreeMap<u32, Arg> = BTreeMap::new();
+            let us = std::process::id();
+            let process = b.call(
+                "look at pmig",
+                libc::SYS_pidfd_open,
+                &[us.into(), 0u64.into()],
+            );
+            for step in chunk {
+                let Some(n) = crate::state::memory::file_of(step) else {
+                    continue;
+                };
+                let fd = files
+                    .get(&n)
+                    .ok_or_else(|| Error::bad("mapping", "its file is not open"))?;
+                here.entry(n).or_insert_with(|| {
+                    b.call(
+                        "fetch a mapped file",
+                        libc::SYS_pidfd_getfd,
+                        &[process.into(), fd.as_raw_fd().into(), 0u64.into()],
+                    )
+                    .into()
+                });
+            }
+            apply(chunk, &mut b, |n| here.get(&n).copied())?;
+            b.call(
+                "close the mapped files",
+                libc::SYS_close_range,
+                &[0u64.into(), (u32::MAX as u64).into(), 0u64.into()],
+            );
+            self.stopped.run(b)?;
+        }
+        self.vmas = layout.vmas.clone();
+        Ok(())
+    }
+
+    /// Writes pages, wherever they lie in the program's own mappings.
+    pub fn write(&self, run: &Range<u64>, bytes: &[u8]) -> Result<()> {
+        self.own(run)?;
+        self.stopped.mem().write_all_at(bytes, run.start).context(
+            "fill the husk's memory at",
+            format_args!("{:#x}", run.start),
+        )
+    }
+
+    /// Takes pages away.
+    pub fn discard(&mut self, runs: &[Range<u64>]) -> Result<()> {
+        for run in runs {
+            self.own(run)?;
+        }
+        for chunk in runs.chunks(CHUNK) {
+            let mut b = Batch::new();
+            for r in chunk {
+                b.call(
+                    "discard memory",
+                    libc::SYS_madvise,
+                    &[
+                        RemoteAddr(r.start).into(),
+                        (r.end - r.start).into(),
+                        libc::MADV_DONTNEED.into(),
+                    ],
+                );
+            }
+            self.stopped.run(b)?;
+        }
+        Ok(())
+    }
+
+    /// Whether a run that a peer names lies in private mappings of the program.
+    fn own(&self, run: &Range<u64>) -> Result<()> {
+        let bad = || {
+            Err(Error::bad(
+                format!("memory {:x}-{:x}", run.start, run.end),
+                "the program has none there",
+            ))
+        };
+        if run.start % PAGE != 0 || run.end % PAGE != 0 || run.start >= run.end {
+            return bad();
+        }
+        let mut at = run.start;
+        let first = self.vmas.partition_point(|v| v.end <= at);
+        for v in &self.vmas[first..] {
+            if v.start > at || !v.is_private() {
+                return bad();
+            }
+            at = v.end;
+            if at >= run.end {
+                return Ok(());
+            }
+        }
+        bad()
+    }
+
+    /// Lets it enter a time namespace. It must be single-threaded, and root.
+    pub fn enter_time(&mut self, namespace: BorrowedFd<'_>) -> Result<()> {
+        let mut b = Batch::new();
+        let us = b.call(
+            "look at pmig",
+            libc::SYS_pidfd_open,
+            &[std::process::id().into(), 0u64.into()],
+        );
+        let ns = b.call(
+            "fetch the time namespace",
+            libc::SYS_pidfd_getfd,
+            &[us.into(), namespace.as_raw_fd().into(), 0u64.into()],
+        );
+        b.call(
+            "enter the time namespace",
+            libc::SYS_setns,
+            &[ns.into(), libc::CLONE_NEWTIME.into()],
+        );
+        for fd in [us, ns] {
+            b.call("close", libc::SYS_close, &[fd.into()]);
+        }
+        self.stopped.run(b).map(drop)
+    }
+
+    /// Takes our memory out of it; then it stands as the program will go on.
+    pub fn settle(&mut self) -> Result<()> {
+        self.stopped.settle()
+    }
+
+    /// Lets it go: its cgroup must have been frozen before. From here on its
+    /// life hangs on nobody's.
+    pub fn let_go(self) -> Result<OwnedFd> {
+        let Husk {
+            stopped, process, ..
+        } = self;
+        stopped.detach()?;
+        Ok(process)
+    }
+}
+
+struct KillOnDrop<'a>(&'a OwnedFd);
+
+impl Drop for KillOnDrop<'_> {
+    fn drop(&mut self) {
+        crate::sys::pidfd::kill(self.0.as_fd());
+    }
+}
+
+fn clear(b: &mut Batch, r: Range<u64>) {
+    b.call(
+        "empty the husk",
+        libc::SYS_munmap,
+        &[RemoteAddr(r.start).into(), (r.end - r.start).into()],
+    );
+}
+
+/// The middle of the largest hole between mappings.
+fn hole(vmas: &[Vma], len: u64) -> Result<u64> {
+    let mut at = 1 << 24;
+    let mut best = 0..0u64;
+    for next in vmas
+        .iter()
+        .map(|v| v.range())
+        .chain(std::iter::once(TOP..TOP))
+    {
+        if next.start > at && next.start - at > best.end - best.start {
+            best = at..next.start;
+        }
+        at = at.max(next.end);
+    }
+    if best.end - best.start < 4 * len {
+        return Err(Error::bad(
+            "address space",
+            "there is no hole in it for pmig",
+        ));
+    }
+    Ok((best.start + (best.end - best.start) / 2) & !(PAGE - 1))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::process::{Command, Stdio};
+
+    #[test]
+    fn a_husk_has_the_address_space_of_the_program() {
+        let mut child = Command::new("python3")
+            .args(["-c", "import time; x=[1]*100000; time.sleep(100)"])
+            .stdin(Stdio::null())
+            .spawn()
+            .unwrap();
+        std::thread::sleep(Duration::from_millis(300));
+        let layout = Layout::capture(child.id() as i32, &[]).unwrap();
+        let files: BTreeMap<u32, OwnedFd> = layout
+            .files
+            .iter()
+            .enumerate()
+            .map(|(n, f)| (n as u32, std::fs::File::open(&f.path).unwrap().into()))
+            .collect();
+        let mut husk = Husk::create(0, None, &layout).unwrap();
+        husk.adopt(&layout, &files).unwrap();
+        let data = layout
+            .vmas
+            .iter()
+            .find(|v| v.is_private() && v.prot == 3)
+            .unwrap();
+        let run = data.start..data.start + PAGE;
+        husk.write(&run, &[7; PAGE as usize]).unwrap();
+        husk.discard(std::slice::from_ref(&run)).unwrap();
+        husk.write(&(run.start..TOP - PAGE), &[]).unwrap_err();
+        husk.settle().unwrap();
+        let there = Layout::capture(husk.pid(), &layout.files).unwrap();
+        assert_eq!(steps(&layout.vmas, &there.vmas).len(), {
+            // Mappings without a watcher always count as fresh.
+            let fresh = there.vmas.iter().filter(|v| v.fresh).count();
+            let maps = |s: &[crate::state::memory::Step]| {
+                s.iter()
+                    .filter(|s| matches!(s, crate::state::memory::Step::Map(_)))
+                    .count()
+            };
+            let s = steps(&layout.vmas, &there.vmas);
+            assert_eq!(maps(&s), fresh);
+            s.len()
+        });
+        let mut same = there.vmas.clone();
+        same.iter_mut().for_each(|v| v.fresh = false);
+        let mut was = layout.vmas.clone();
+        was.iter_mut().for_each(|v| v.fresh = false);
+        assert_eq!(steps(&was, &same), []);
+        let pid = husk.pid();
+        drop(husk);
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let _ = nix::sys::wait::waitpid(nix::unistd::Pid::from_raw(pid), None);
+    }
+}

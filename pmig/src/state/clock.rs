@@ -1,0 +1,156 @@
+//! The clocks of a program: CLOCK_MONOTONIC and CLOCK_BOOTTIME go on without a
+//! step, in a time namespace (time_namespaces(7)).
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Context, Error, Result};
+use crate::sys::timens;
+
+/// Both clocks, in nanoseconds.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reading {
+    pub monotonic: i64,
+    pub boottime: i64,
+}
+
+impl Reading {
+    /// This process's clocks now.
+    pub fn now() -> Reading {
+        Reading {
+            monotonic: timens::clock(libc::CLOCK_MONOTONIC) as i64,
+            boottime: timens::clock(libc::CLOCK_BOOTTIME) as i64,
+        }
+    }
+
+    pub fn minus(self, other: Reading) -> Reading {
+        Reading {
+            monotonic: self.monotonic.wrapping_sub(other.monotonic),
+            boottime: self.boottime.wrapping_sub(other.boottime),
+        }
+    }
+
+    pub fn plus(self, other: Reading) -> Reading {
+        Reading {
+            monotonic: self.monotonic.wrapping_add(other.monotonic),
+            boottime: self.boottime.wrapping_add(other.boottime),
+        }
+    }
+}
+
+/// How far the clocks of a process are ahead of those of its machine.
+fn offsets(pid: &str) -> Result<Reading> {
+    let path = format!("/proc/{pid}/timens_offsets");
+    let text = match std::fs::read_to_string(&path) {
+        // A kernel without time namespaces has no offsets.
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Reading::default()),
+        r => r.context("read", &path)?,
+    };
+    let mut all = Reading::default();
+    for line in text.lines() {
+        let mut words = line.split_whitespace();
+        let name = words.next().unwrap_or("");
+        let mut number = || words.next().and_then(|w| w.parse::<i64>().ok());
+        let (Some(s), Some(ns)) = (number(), number()) else {
+            return Err(Error::bad(&path, format!("cannot make sense of {line:?}")));
+        };
+        let value = s.saturating_mul(1_000_000_000).saturating_add(ns);
+        match name {
+            "monotonic" => all.monotonic = value,
+            "boottime" => all.boottime = value,
+            _ => {}
+        }
+    }
+    Ok(all)
+}
+
+/// How far a program's clocks are ahead of this process's.
+pub fn ahead(pid: i32) -> Result<Reading> {
+    Ok(offsets(&pid.to_string())?.minus(offsets("self")?))
+}
+
+/// What the target needs to go on with a program's clocks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Clock {
+    /// How far the program's clocks are to be ahead of the target's pmig.
+    pub ahead: Reading,
+    /// What the program's clocks said when it was stopped; they never say less.
+    pub at_stop: Reading,
+}
+
+impl Clock {
+    /// From the difference between the two machines (target less source).
+    pub fn capture(pid: i32, between: Reading) -> Result<Clock> {
+        let ahead = ahead(pid)?;
+        Ok(Clock {
+            ahead: ahead.minus(between),
+            at_stop: Reading::now().plus(ahead),
+        })
+    }
+
+    /// The program's clocks at this moment, at the target.
+    pub fn now(&self) -> Reading {
+        Reading::now().plus(self.ahead)
+    }
+
+    /// Opens a time namespace with these clocks, for the husk to enter. Works
+    /// once in a process, in its main thread. Afterwards `ahead` is exact.
+    pub fn restore(&mut self) -> Result<std::fs::File> {
+        let back = self.at_stop.minus(self.now());
+        self.ahead.monotonic = self.ahead.monotonic.wrapping_add(back.monotonic.max(0));
+        self.ahead.boottime = self.ahead.boottime.wrapping_add(back.boottime.max(0));
+        let absolute = offsets("self")?.plus(self.ahead);
+        timens::set_offsets(absolute.monotonic as i128, absolute.boottime as i128)
+            .context("set", "the clocks of the time namespace")?;
+        timens::open().context("open", "the time namespace")
+    }
+}
+
+/// The difference between two machines' clocks, by the quickest of several
+/// questions.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Difference {
+    best: Option<(i64, Reading)>,
+}
+
+impl Difference {
+    /// Adds an answer: our clocks before and after, the other's in between.
+    pub fn add(&mut self, before: Reading, theirs: Reading, after: Reading) {
+        let took = after.monotonic - before.monotonic;
+        if self.best.is_some_and(|(best, _)| best <= took) {
+            return;
+        }
+        let half = Reading {
+            monotonic: took / 2,
+            boottime: took / 2,
+        };
+        self.best = Some((took, theirs.minus(before.plus(half))));
+    }
+
+    /// Other less ours; zero before any answer.
+    pub fn value(&self) -> Reading {
+        self.best.map_or(Reading::default(), |(_, v)| v)
+    }
+
+    /// How wrong it may be, in nanoseconds.
+    pub fn error(&self) -> i64 {
+        self.best.map_or(i64::MAX, |(took, _)| took / 2)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_quickest_answer_counts() {
+        let at = |n| Reading {
+            monotonic: n,
+            boottime: n,
+        };
+        let mut d = Difference::default();
+        d.add(at(0), at(1050), at(100));
+        d.add(at(200), at(1500), at(900));
+        assert_eq!(d.value(), at(1000));
+        assert_eq!(d.error(), 50);
+    }
+}
