@@ -129,6 +129,10 @@ impl Agent {
                 talk.hold = true;
                 Reply::Done
             }
+            Request::Free => {
+                talk.hold = false;
+                Reply::Done
+            }
             Request::Exec { cmd, input } => {
                 self.exec(talk, &cmd, input)?;
                 return Ok(None);

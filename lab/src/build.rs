@@ -54,6 +54,29 @@ pub struct Built {
 }
 
 impl Built {
+    /// Copies without what only a debugger needs: they go into every machine's
+    /// initial filesystem.
+    ///
+    /// # Errors
+    /// Those of strip(1) and of the files.
+    pub fn stripped(&self) -> Result<Self> {
+        let _lock = lock("build")?;
+        let directory = crate::build::directory()?.join("programs");
+        fs::create_dir_all(&directory)
+            .with_context(|| format!("create {}", directory.display()))?;
+        for from in [self.samples(), vec![self.pmig(), self.agent()]].concat() {
+            let to = directory.join(from.file_name().unwrap_or_default());
+            let time = |path: &Path| fs::metadata(path).and_then(|meta| meta.modified()).ok();
+            if time(&to) > time(&from) {
+                continue;
+            }
+            let mut strip = Command::new("strip");
+            strip.arg("-o").arg(&to).arg(&from);
+            crate::image::quietly(&mut strip, "strip")?;
+        }
+        Ok(Self { directory })
+    }
+
     /// The engine, one static binary.
     pub fn pmig(&self) -> PathBuf {
         self.directory.join("pmig")

@@ -8,6 +8,7 @@
 pub mod agent;
 pub mod build;
 pub mod host;
+pub mod image;
 pub mod inside;
 pub mod netns;
 pub mod owner;
@@ -15,7 +16,9 @@ pub mod pair;
 pub mod session;
 pub mod state;
 pub mod sys;
+pub mod tools;
 pub mod victim;
+pub mod vm;
 pub mod wire;
 
 pub use host::{Host, Make, Output};

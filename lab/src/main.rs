@@ -71,7 +71,7 @@ fn run(words: Words) -> Result<ExitCode> {
         Words::Up { netns, bare } => {
             let _change = state::change()?;
             let make = if netns { Make::Netns } else { Make::Vm };
-            let lab = state::up(make)?.lab()?;
+            let lab = state::up(make, &|what| eprintln!("{what}"))?.lab()?;
             if !bare {
                 serve(lab.a(), &[])?;
                 serve(lab.b(), &[])?;

@@ -60,13 +60,7 @@ impl Netns {
     ///
     /// # Errors
     /// This process is not root, or the host cannot be built.
-    pub fn start(
-        built: &Built,
-        directory: &Path,
-        tag: &str,
-        identity: Identity,
-        stay: bool,
-    ) -> Result<Self> {
+    pub fn start(built: &Built, directory: &Path, tag: &str, identity: Identity) -> Result<Self> {
         ensure!(
             nix::unistd::geteuid().is_root(),
             "namespaces with devices and cgroups of their own need root"
@@ -101,6 +95,7 @@ impl Netns {
         crate::sys::in_new_session(&mut launcher);
         let child = launcher.spawn().context("start a host")?;
         let launcher = Owner::of(child.id()).context("the host ended at once")?;
+        launcher.record(directory, &name)?;
         let host = Self {
             name,
             socket,
@@ -112,16 +107,15 @@ impl Netns {
         let mut session = host
             .session(Instant::now() + Duration::from_secs(10))
             .with_context(|| fs::read_to_string(&log).unwrap_or_default())?;
-        if stay {
-            session.tell(&Request::Ping)?;
-        } else {
-            session.tell(&Request::Hold)?;
-            host.lock_hold(Some(session));
-        }
+        session.tell(&Request::Hold)?;
+        host.lock_hold(Some(session));
         Ok(host)
     }
 
     /// A host that another process started to stay.
+    ///
+    /// # Errors
+    /// No cgroup v2 is mounted.
     pub fn attach(name: &str, directory: &Path, tag: &str, launcher: Owner) -> Result<Self> {
         let mounted = cgroup_mount(&crate::build::directory()?)?;
         Ok(Self {
@@ -132,6 +126,17 @@ impl Netns {
             hold: Mutex::default(),
             child: Mutex::default(),
         })
+    }
+
+    /// Lets the host outlive this value and this process.
+    ///
+    /// # Errors
+    /// The host is gone.
+    pub fn stay(&self) -> Result<()> {
+        if let Some(mut session) = self.lock_hold(None) {
+            session.tell(&Request::Free)?;
+        }
+        Ok(())
     }
 
     /// The process at the outside of the host.

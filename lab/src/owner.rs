@@ -1,5 +1,8 @@
 //! Whose leftovers are whose: processes told apart by PID and start time.
 
+use anyhow::{Context, Result};
+use nix::sys::signal::{kill, Signal};
+use nix::unistd::Pid;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -30,6 +33,15 @@ impl Owner {
     /// True while it runs.
     pub fn alive(self) -> bool {
         Self::of(self.pid) == Some(self)
+    }
+
+    /// Writes down in a directory that this process belongs to it.
+    ///
+    /// # Errors
+    /// Those of the file.
+    pub fn record(self, directory: &Path, name: &str) -> Result<()> {
+        let path = directory.join(format!("{name}.owner"));
+        fs::write(&path, self.to_string()).with_context(|| format!("write {}", path.display()))
     }
 
     fn parse(text: &str) -> Option<Self> {
@@ -69,6 +81,21 @@ pub fn leftovers(directory: &Path) -> Vec<PathBuf> {
         })
         .map(|entry| entry.path())
         .collect()
+}
+
+/// Ends the processes that a directory's records name, and removes it.
+pub fn clear(directory: &Path) {
+    for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+        let recorded = entry.path().extension().is_some_and(|e| e == "owner");
+        let owner = fs::read_to_string(entry.path());
+        let owner = owner.ok().and_then(|text| Owner::parse(&text));
+        if let (true, Some(owner)) = (recorded, owner) {
+            if let (true, Ok(pid)) = (owner.alive(), i32::try_from(owner.pid)) {
+                let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+            }
+        }
+    }
+    let _ = fs::remove_dir_all(directory);
 }
 
 #[cfg(test)]

@@ -4,7 +4,8 @@ use crate::build;
 use crate::host::{Host, Make};
 use crate::inside::Identity;
 use crate::netns::Netns;
-use crate::owner::{leftovers, Owner, PREFIX};
+use crate::owner::{clear, leftovers, Owner, PREFIX};
+use crate::vm::{Parts, Vm};
 use crate::wire::Cmd;
 use anyhow::{bail, Context, Result};
 use std::fs;
@@ -51,16 +52,25 @@ fn address(index: usize) -> String {
 pub fn passage(tag: &str) -> Result<PathBuf> {
     let temporary = std::env::temp_dir();
     for leftover in leftovers(&temporary) {
-        let _ = fs::remove_dir_all(leftover);
+        clear(&leftover);
     }
     let directory = temporary.join(format!("{PREFIX}{tag}"));
-    let _ = fs::remove_dir_all(&directory);
+    clear(&directory);
     let mut builder = fs::DirBuilder::new();
     std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
     builder
         .create(&directory)
         .with_context(|| format!("create {}", directory.display()))?;
     Ok(directory)
+}
+
+/// Where the machines of that tag have their disks.
+///
+/// # Errors
+/// The build directory cannot be made.
+pub fn disks(tag: &str) -> Result<PathBuf> {
+    let run = build::directory()?.join("run");
+    Ok(run.join(format!("{PREFIX}{tag}")))
 }
 
 /// A tag for things that pass with this process.
@@ -78,7 +88,7 @@ impl Lab {
     pub fn netns() -> Result<Self> {
         let tag = passing_tag();
         let directory = passage(&tag)?;
-        let [a, b] = Self::netns_hosts(&directory, &tag, false)?;
+        let [a, b] = Self::netns_hosts(&directory, &tag)?;
         Ok(Self {
             make: Make::Netns,
             a: Box::new(a),
@@ -91,9 +101,9 @@ impl Lab {
     ///
     /// # Errors
     /// Whatever keeps them from being built.
-    pub fn netns_hosts(directory: &Path, tag: &str, stay: bool) -> Result<[Netns; 2]> {
+    pub fn netns_hosts(directory: &Path, tag: &str) -> Result<[Netns; 2]> {
         let built = build::build()?;
-        let start = |index| Netns::start(&built, directory, tag, identity(index), stay);
+        let start = |index| Netns::start(&built, directory, tag, identity(index));
         let (a, b) = std::thread::scope(|scope| {
             let a = scope.spawn(|| start(0));
             let b = start(1);
@@ -106,6 +116,49 @@ impl Lab {
         Netns::connect(&a, &b)?;
         a.configure(&address(0))?;
         b.configure(&address(1))?;
+        Ok([a, b])
+    }
+
+    /// Two machines, which end with this value or with this process; `say` is
+    /// told what takes long.
+    ///
+    /// # Errors
+    /// Whatever keeps them from coming up.
+    pub fn vm(say: &dyn Fn(&str)) -> Result<Self> {
+        let tag = passing_tag();
+        let directory = passage(&tag)?;
+        let [a, b] = Self::vm_hosts(&directory, &tag, say)?;
+        Ok(Self {
+            make: Make::Vm,
+            a: Box::new(a),
+            b: Box::new(b),
+            directory: Some(directory),
+        })
+    }
+
+    /// Two joined machines, up and prepared.
+    ///
+    /// # Errors
+    /// Whatever keeps them from coming up.
+    pub fn vm_hosts(directory: &Path, tag: &str, say: &dyn Fn(&str)) -> Result<[Vm; 2]> {
+        let parts = Parts::get(say)?;
+        let disks = disks(tag)?;
+        for leftover in disks.parent().map(leftovers).unwrap_or_default() {
+            let _ = fs::remove_dir_all(leftover);
+        }
+        fs::create_dir_all(&disks).with_context(|| format!("create {}", disks.display()))?;
+        say("booting a and b");
+        let a = Vm::start(&parts, directory, &disks, &identity(0))?;
+        let b = Vm::start(&parts, directory, &disks, &identity(1))?;
+        let module = parts.module.as_deref();
+        std::thread::scope(|scope| {
+            let first = scope.spawn(|| a.wait(module));
+            b.wait(module)?;
+            match first.join() {
+                Ok(result) => result,
+                Err(_) => bail!("waiting for a host panicked"),
+            }
+        })?;
         Ok([a, b])
     }
 

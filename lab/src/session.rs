@@ -2,6 +2,7 @@
 
 use crate::wire::{self, Reply, Request, Status, Tag, LARGEST};
 use anyhow::{bail, Context, Result};
+use nix::fcntl::Flock;
 use std::fs::File;
 use std::io::{Read, Write};
 use std::net::Shutdown;
@@ -15,7 +16,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 pub struct Session {
     stream: UnixStream,
     // Keeps a serial port ours for as long as the session lasts.
-    _port: Option<File>,
+    _port: Option<Flock<File>>,
 }
 
 impl Session {
@@ -24,7 +25,7 @@ impl Session {
     ///
     /// # Errors
     /// No socket there, or no answer in time.
-    pub fn open(socket: &Path, port: Option<File>, deadline: Instant) -> Result<Self> {
+    pub fn open(socket: &Path, port: Option<Flock<File>>, deadline: Instant) -> Result<Self> {
         loop {
             let tried = Self::try_open(socket);
             match tried {

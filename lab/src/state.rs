@@ -3,8 +3,9 @@
 use crate::build;
 use crate::host::{Host, Make};
 use crate::netns::Netns;
-use crate::owner::{Owner, PREFIX};
-use crate::pair::{passage, Lab, NAMES};
+use crate::owner::Owner;
+use crate::pair::{self, passage, Lab, NAMES};
+use crate::vm::Vm;
 use anyhow::{bail, Context, Result};
 use nix::fcntl::Flock;
 use serde::{Deserialize, Serialize};
@@ -79,7 +80,7 @@ impl State {
         let owner = *self.owners.get(index).context("the record is cut short")?;
         Ok(match self.make {
             Make::Netns => Box::new(Netns::attach(name, &self.directory, &self.tag, owner)?),
-            Make::Vm => bail!("not yet"),
+            Make::Vm => Box::new(Vm::attach(name, &self.directory, owner)?),
         })
     }
 
@@ -117,6 +118,7 @@ pub fn down() -> Result<bool> {
         }
     }
     let _ = fs::remove_dir_all(&state.directory);
+    let _ = fs::remove_dir_all(pair::disks(&state.tag)?);
     fs::remove_file(path()?).context("remove the record")?;
     Ok(true)
 }
@@ -125,18 +127,19 @@ pub fn down() -> Result<bool> {
 ///
 /// # Errors
 /// Whatever keeps them from being built.
-pub fn up(make: Make) -> Result<State> {
+pub fn up(make: Make, say: &dyn Fn(&str)) -> Result<State> {
     down()?;
     let tag = format!("up.{}", &digest(&build::top().to_string_lossy())[..12]);
     let directory = passage(&tag)?;
-    let owners = match make {
-        Make::Netns => Lab::netns_hosts(&directory, &tag, true)?
-            .iter()
-            .map(Netns::launcher)
-            .collect(),
-        Make::Vm => bail!("not yet"),
+    let (netns, vm) = match make {
+        Make::Netns => (Some(Lab::netns_hosts(&directory, &tag)?), None),
+        Make::Vm => (None, Some(Lab::vm_hosts(&directory, &tag, say)?)),
     };
-    debug_assert!(directory.to_string_lossy().contains(PREFIX));
+    let owners = match (&netns, &vm) {
+        (Some(hosts), _) => hosts.iter().map(Netns::launcher).collect(),
+        (_, Some(hosts)) => hosts.iter().map(Vm::owner).collect(),
+        _ => Vec::new(),
+    };
     let state = State {
         make,
         directory,
@@ -144,6 +147,8 @@ pub fn up(make: Make) -> Result<State> {
         owners,
     };
     state.record()?;
+    netns.iter().flatten().try_for_each(Netns::stay)?;
+    vm.iter().flatten().try_for_each(Vm::stay)?;
     Ok(state)
 }
 

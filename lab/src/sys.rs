@@ -1,8 +1,9 @@
 //! The few calls for which no safe wrapper exists.
 #![allow(unsafe_code)]
 
+use std::fs::File;
 use std::io;
-use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
@@ -31,6 +32,24 @@ pub fn dies_with_parent(command: &mut Command) {
             Ok(())
         });
     }
+}
+
+/// Asks for a SIGIO to this process whenever something happens at the file;
+/// see fcntl(2), `F_SETOWN` and `O_ASYNC`.
+///
+/// # Errors
+/// Those of fcntl(2).
+pub fn signal_events(file: &File) -> io::Result<()> {
+    let fd = file.as_raw_fd();
+    // SAFETY: the descriptor is open and neither command takes a pointer.
+    let failed = unsafe {
+        libc::fcntl(fd, libc::F_SETOWN, libc::getpid()) < 0
+            || libc::fcntl(fd, libc::F_SETFL, libc::O_ASYNC) < 0
+    };
+    if failed {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
 }
 
 /// Opens a perf event on this process that counts nothing of interest.

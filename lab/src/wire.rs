@@ -109,6 +109,8 @@ pub enum Request {
     Ping,
     /// End the host when this connection ends.
     Hold,
+    /// Take back [`Request::Hold`].
+    Free,
     /// Run a command and wait for it.
     Exec { cmd: Cmd, input: bool },
     /// Start a command in a session of its own, its output going to a file.

@@ -1,6 +1,6 @@
 //! The lab's own program inside a host: its first process and its agent.
 
-use lab::inside::namespace;
+use lab::inside::{machine, namespace};
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
@@ -10,6 +10,10 @@ fn main() -> ExitCode {
         ["namespace", spec] => namespace::launch(spec),
         ["namespace-init", spec] => namespace::init(spec),
         ["namespace-agent"] => namespace::agent(),
+        ["machine-agent"] => machine::agent(),
+        // As a machine's first process it is given whatever the kernel did not
+        // understand itself.
+        _ if std::process::id() == 1 => machine::init(),
         _ => Err(anyhow::anyhow!("the lab starts this program by itself")),
     };
     match result {

@@ -1,13 +1,15 @@
 //! A pipe that a program keeps for itself, never empty.
 
 use super::Mix;
-use std::io::{PipeReader, PipeWriter, Read, Write};
+use nix::fcntl::OFlag;
+use std::fs::File;
+use std::io::{Read, Write};
 
 /// Both ends of a pipe, and what its bytes must be.
 #[derive(Debug)]
 pub struct OwnPipe {
-    reader: PipeReader,
-    writer: PipeWriter,
+    reader: File,
+    writer: File,
     written: Mix,
     read: Mix,
     inside: usize,
@@ -25,10 +27,11 @@ impl OwnPipe {
     /// # Errors
     /// Those of pipe(2) and write(2).
     pub fn new(inside: usize) -> Result<Self, String> {
-        let (reader, writer) = std::io::pipe().map_err(|e| format!("pipe: {e}"))?;
+        let (reader, writer) =
+            nix::unistd::pipe2(OFlag::O_CLOEXEC).map_err(|e| format!("pipe: {e}"))?;
         let mut pipe = Self {
-            reader,
-            writer,
+            reader: reader.into(),
+            writer: writer.into(),
             written: Mix(7),
             read: Mix(7),
             inside: 0,
