@@ -1,12 +1,15 @@
 //! Raw calls: the only place where `unsafe` is allowed.
 #![allow(unsafe_code)]
 
+pub mod cpu;
 pub mod fds;
 pub mod inherit;
+pub mod limits;
 pub mod pagemap;
 pub mod pidfd;
 pub mod ptrace;
 pub mod runner;
+pub mod sched;
 pub mod spawn;
 pub mod timens;
 pub mod uffd;

@@ -1,0 +1,228 @@
+//! The process control block: all that the kernel keeps of a single-threaded
+//! process but its memory, descriptors and place in the tree.
+//!
+//! Each part has a room of its own beside this module; here they are put
+//! together, in an order that works. Two backends fill the same [`Pcb`].
+
+mod inside;
+mod machine;
+mod preflight;
+
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+pub use machine::{fits, MachineFacts};
+pub use preflight::{needs, preflight, recheck, Needs};
+
+use super::attributes::Attributes;
+use super::bounds::Bounds;
+use super::credentials::Credentials;
+use super::limits::Limits;
+use super::registers::{Registers, UserAreas};
+use super::restart::{ProgramClock, Restart, Watch};
+use super::scheduling::Scheduling;
+use super::signals::Signals;
+use crate::error::{Error, Result};
+use crate::proc::status::Status;
+use crate::sys::limits::securebits;
+use crate::tracee::{Batch, Stopped};
+
+/// Everything of the process control block that travels.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pcb {
+    pub registers: Registers,
+    pub areas: UserAreas,
+    pub restart: Restart,
+    pub signals: Signals,
+    pub credentials: Credentials,
+    pub limits: Limits,
+    pub scheduling: Scheduling,
+    pub attributes: Attributes,
+    pub bounds: Bounds,
+}
+
+/// What `--pcb` says.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PcbChoice {
+    /// The module where it is loaded, else ptrace.
+    #[default]
+    Auto,
+    Ptrace,
+    Kmod,
+}
+
+impl FromStr for PcbChoice {
+    type Err = String;
+
+    fn from_str(s: &str) -> Result<PcbChoice, String> {
+        match s {
+            "auto" => Ok(PcbChoice::Auto),
+            "ptrace" => Ok(PcbChoice::Ptrace),
+            "kmod" => Ok(PcbChoice::Kmod),
+            _ => Err(format!("{s} is none of auto, ptrace, kmod")),
+        }
+    }
+}
+
+/// What a capture needs to know beyond the process.
+pub struct CaptureContext<'a> {
+    /// What was seen of the process before this stop; its
+    /// [`Watch::stopped`] was called at it.
+    pub watch: &'a Watch,
+    /// The program's clock at the source.
+    pub clock: ProgramClock,
+}
+
+/// What the target supplies to a restore.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct PcbSupplies {
+    /// The program's clock at the target.
+    pub clock: ProgramClock,
+    /// A descriptor of the husk for what `/proc/PID/exe` shall show; closed
+    /// when that is done. `None`: it is set already.
+    pub exe: Option<i32>,
+}
+
+/// The way to a process control block.
+#[derive(Debug)]
+pub enum Backend {
+    /// A stock kernel: procfs, ptrace and one batch.
+    Ptrace,
+}
+
+impl Backend {
+    /// # Errors
+    /// [`Error::Bad`] when what was asked for is not there.
+    pub fn choose(choice: PcbChoice) -> Result<Backend> {
+        match choice {
+            PcbChoice::Auto | PcbChoice::Ptrace => Ok(Backend::Ptrace),
+            PcbChoice::Kmod => Err(Error::bad("/dev/pmig", "the module is not loaded")),
+        }
+    }
+
+    pub fn name(&self) -> &'static str {
+        match self {
+            Backend::Ptrace => "ptrace",
+        }
+    }
+
+    /// Captures a stopped process. What cannot be carried and has appeared
+    /// since the preflight is found here.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] with every obstacle; [`Error::Gone`]; those of
+    /// ptrace and procfs.
+    pub fn capture(&self, stopped: &mut Stopped, context: &CaptureContext) -> Result<Pcb> {
+        match self {
+            Backend::Ptrace => capture_by_ptrace(stopped, context),
+        }
+    }
+
+    /// Restores a husk whose address space, descriptors and time namespace are
+    /// complete, and which is still root. It is the last thing done inside it:
+    /// afterwards only [`Stopped::settle`] and [`Stopped::detach`] may follow.
+    ///
+    /// The parent-death signal is set here: it is sent when the husk's parent
+    /// ends, so a husk that shall outlive the session must have been handed to
+    /// another parent before.
+    ///
+    /// # Errors
+    /// The failing call by name; [`Error::Bad`] for a hostile `pcb`.
+    pub fn restore(&self, husk: &mut Stopped, pcb: &Pcb, supplies: &PcbSupplies) -> Result<()> {
+        match self {
+            Backend::Ptrace => restore_by_ptrace(husk, pcb, supplies),
+        }
+    }
+}
+
+fn capture_by_ptrace(stopped: &mut Stopped, context: &CaptureContext) -> Result<Pcb> {
+    let pid = stopped.pid();
+    let status = Status::read(pid)?;
+    let mut obstacles = recheck(stopped, &status)?;
+
+    let mut batch = Batch::new();
+    let refusals = inside::ask(&mut batch);
+    let signals = Signals::ask(&mut batch);
+    let securebits = Credentials::ask(&mut batch);
+    let limits = Limits::ask(&mut batch);
+    let attributes = Attributes::ask(&mut batch);
+    let brk = Bounds::ask(&mut batch);
+    // Queues and registers are read before anything of ours has run.
+    let restart = Restart::capture(stopped, context.watch);
+    let registers = Registers::capture(stopped)?;
+    let queues = Signals::queues(stopped, &status)?;
+    let done = stopped.run(batch)?;
+
+    obstacles.extend(refusals.obstacles(&done));
+    obstacles.extend(Attributes::obstacles(&attributes, &done));
+    let scheduling = Scheduling::capture(pid)?;
+    obstacles.extend(scheduling.obstacles());
+    let restart = match restart {
+        Err(Error::Refused(more)) => {
+            obstacles.extend(more);
+            Restart::Registers
+        }
+        other => other?,
+    };
+    if !obstacles.is_empty() {
+        return Err(Error::Refused(obstacles));
+    }
+    Ok(Pcb {
+        registers,
+        areas: UserAreas::capture(stopped, attributes.tid_address(&done))?,
+        restart,
+        signals: Signals::capture(queues, stopped.sigmask(), &signals, &done),
+        credentials: Credentials::capture(&status, securebits, &done),
+        limits: Limits::capture(&limits, &done),
+        scheduling,
+        attributes: Attributes::capture(pid, &status, &attributes, &done)?,
+        bounds: Bounds::capture(pid, brk, &done)?,
+    })
+}
+
+fn restore_by_ptrace(husk: &mut Stopped, pcb: &Pcb, supplies: &PcbSupplies) -> Result<()> {
+    let pid = husk.pid();
+    let now = husk_credentials(pid)?;
+    let mut batch = Batch::new();
+    pcb.bounds.restore(&mut batch, supplies.exe)?;
+    if let Some(fd) = supplies.exe {
+        batch.call("close the executable", libc::SYS_close, &[fd.into()]);
+    }
+    pcb.attributes.restore(&mut batch)?;
+    pcb.areas.restore(&mut batch)?;
+    pcb.signals.restore(&mut batch, pid)?;
+    // Not before the queues: one limit is theirs.
+    pcb.limits.restore(&mut batch, &Limits::of(pid)?)?;
+    pcb.credentials.restore(&mut batch, &now)?;
+    pcb.attributes.restore_late(&mut batch);
+    husk.run(batch)?;
+    finish(husk, pcb, supplies)
+}
+
+/// What comes last with either backend.
+fn finish(husk: &mut Stopped, pcb: &Pcb, supplies: &PcbSupplies) -> Result<()> {
+    let pid = husk.pid();
+    let regs = pcb
+        .restart
+        .restore(husk, &pcb.registers.general, supplies.clock)?;
+    pcb.registers.restore_xstate(husk)?;
+    husk.set_sigmask(pcb.signals.mask)?;
+    husk.set_regs(&regs)?;
+    pcb.attributes.restore_outside(pid)?;
+    pcb.scheduling.restore(pid)
+}
+
+fn husk_credentials(pid: i32) -> Result<Credentials> {
+    Ok(Credentials {
+        // Inherited from here; exec clears the lowest-but-four.
+        securebits: securebits() & !SECBIT_KEEP_CAPS,
+        ..Credentials::from_status(&Status::read(pid)?)
+    })
+}
+
+const SECBIT_KEEP_CAPS: u32 = 1 << 4;
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,33 @@
+//! prlimit(2) by number.
+
+use std::io;
+use std::ptr::null;
+
+/// Soft and hard limit of a process (0: this one).
+///
+/// # Errors
+/// EPERM for another user's process without CAP_SYS_RESOURCE.
+pub fn get(pid: i32, resource: u32) -> io::Result<(u64, u64)> {
+    let mut limit = [0u64; 2];
+    // SAFETY: limit is as large as struct rlimit64; nothing is set.
+    let r = unsafe {
+        libc::syscall(
+            libc::SYS_prlimit64,
+            pid,
+            resource,
+            null::<u64>(),
+            limit.as_mut_ptr(),
+        )
+    };
+    if r < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok((limit[0], limit[1]))
+}
+
+/// This process's securebits (PR_GET_SECUREBITS).
+pub fn securebits() -> u32 {
+    // SAFETY: numbers only.
+    let bits = unsafe { libc::prctl(libc::PR_GET_SECUREBITS, 0, 0, 0, 0) };
+    bits.max(0) as u32
+}
