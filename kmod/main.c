@@ -16,7 +16,7 @@
 	(PMIG_LOCKED_SECTIONS | PMIG_SEC_PENDING |			\
 	 PMIG_SEC_SHARED_PENDING | PMIG_SEC_SCHED | PMIG_SEC_COMM |	\
 	 PMIG_SEC_MM)
-#define CAPTURE_SECTIONS (SECTIONS_BOTH | PMIG_SEC_SELF | PMIG_SEC_INFO)
+#define CAPTURE_SECTIONS (SECTIONS_BOTH | PMIG_SEC_OWN | PMIG_SEC_INFO)
 #define QUEUES		(PMIG_SEC_PENDING | PMIG_SEC_SHARED_PENDING)
 
 /* Two restores at once into one task would mix their steps. */
@@ -58,7 +58,7 @@ static const struct {
 	EXTENT(PMIG_SEC_PRCTL, prctl),
 	EXTENT(PMIG_SEC_OOM, oom),
 	EXTENT(PMIG_SEC_ITIMERS, itimers),
-	EXTENT(PMIG_SEC_SELF, self),
+	EXTENT(PMIG_SEC_OWN, own),
 	EXTENT(PMIG_SEC_MM, mm),
 	EXTENT(PMIG_SEC_SIGACTIONS, sigactions),
 #undef EXTENT
@@ -202,8 +202,8 @@ static int capture_locked(struct job *job)
 
 	if (s & PMIG_SEC_INFO)
 		pmig_info_capture(&job->tg, &pcb->info);
-	if (s & PMIG_SEC_SELF)
-		pmig_self_capture(&job->tg, &pcb->self);
+	if (s & PMIG_SEC_OWN)
+		pmig_own_capture(&job->tg, &pcb->own);
 	if (s & PMIG_SEC_SIGACTIONS)
 		pmig_sigactions_capture(&job->tg, pcb);
 	if (s & PMIG_SEC_SIGMASK)

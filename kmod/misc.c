@@ -251,7 +251,7 @@ int pmig_misc_restore(struct task_struct *task, u64 section,
 	}
 }
 
-void pmig_self_capture(struct pmig_target *tg, struct pmig_self *out)
+void pmig_own_capture(struct pmig_target *tg, struct pmig_own *out)
 {
 	out->securebits = tg->cred->securebits;
 	out->child_subreaper = tg->task->signal->is_child_subreaper;

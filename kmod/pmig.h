@@ -114,7 +114,7 @@ int pmig_misc_check(u64 section, const struct pmig_pcb *pcb);
 int pmig_misc_restore(struct task_struct *task, u64 section,
 		      const struct pmig_pcb *pcb);
 void pmig_info_capture(struct pmig_target *tg, struct pmig_info *out);
-void pmig_self_capture(struct pmig_target *tg, struct pmig_self *out);
+void pmig_own_capture(struct pmig_target *tg, struct pmig_own *out);
 
 static inline bool pmig_user_addr(u64 addr)
 {

@@ -68,7 +68,7 @@
 #define PMIG_SEC_OOM		(1ULL << 20)
 #define PMIG_SEC_ITIMERS	(1ULL << 21)
 /* Capture only: what only the task itself may set, and what must be known */
-#define PMIG_SEC_SELF		(1ULL << 32)
+#define PMIG_SEC_OWN		(1ULL << 32)
 #define PMIG_SEC_INFO		(1ULL << 33)
 
 /* Features */
@@ -269,7 +269,7 @@ struct pmig_itimers {
 	__u32 prof_armed;		/* capture only; zero on restore */
 };
 
-struct pmig_self {
+struct pmig_own {
 	__u32 securebits;
 	__u32 child_subreaper;
 };
@@ -332,7 +332,7 @@ struct pmig_pcb {
 	struct pmig_prctl prctl;
 	struct pmig_oom oom;
 	struct pmig_itimers itimers;
-	struct pmig_self self;
+	struct pmig_own own;
 	struct pmig_mm mm;
 	struct pmig_sigaction sigactions[PMIG_NSIG];
 };

@@ -4,6 +4,7 @@
 pub mod cpu;
 pub mod fds;
 pub mod inherit;
+pub mod kmod;
 pub mod limits;
 pub mod pagemap;
 pub mod pidfd;
