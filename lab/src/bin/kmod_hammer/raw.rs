@@ -1,0 +1,251 @@
+//! The raw calls for which no safe wrapper exists.
+#![allow(unsafe_code)]
+
+use std::arch::asm;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+
+/// Runs `body` in a child, which exits with what it returns.
+pub fn fork(body: impl FnOnce() -> i32) -> io::Result<i32> {
+    // SAFETY: this program has a single thread.
+    match unsafe { libc::fork() } {
+        -1 => Err(io::Error::last_os_error()),
+        0 => {
+            // SAFETY: an orphan would outlive the test; numbers only.
+            unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
+            let code = body();
+            // SAFETY: ends the child without running the parent's handlers.
+            unsafe { libc::_exit(code) }
+        }
+        pid => Ok(pid),
+    }
+}
+
+/// A child in vfork(2), so that this process is the parent in the middle of
+/// the call until the child ends.
+pub fn vfork_and_wait(seconds: u32) {
+    // SAFETY: the child touches nothing: it sleeps and exits by system calls.
+    unsafe {
+        let mut spec = [i64::from(seconds), 0];
+        let child: i64;
+        asm!(
+            "syscall",
+            "test rax, rax",
+            "jnz 2f",
+            "mov eax, 35",
+            "mov rdi, {spec}",
+            "xor esi, esi",
+            "syscall",
+            "mov eax, 60",
+            "xor edi, edi",
+            "syscall",
+            "2:",
+            spec = in(reg) spec.as_mut_ptr(),
+            inlateout("rax") 58i64 => child,
+            out("rdi") _, out("rsi") _, out("rcx") _, out("r11") _,
+        );
+        libc::waitpid(child as i32, std::ptr::null_mut(), 0);
+    }
+}
+
+/// A system call made with `mark` in a vector register and in r12; returns its
+/// result and what the two hold afterwards.
+pub fn marked_syscall(nr: i64, args: [u64; 6], mark: u64) -> (i64, u64, u64) {
+    let (result, xmm, r12): (i64, u64, u64);
+    // SAFETY: the callers pass pointers to living buffers of the right size.
+    unsafe {
+        asm!(
+            "movq xmm15, r12",
+            "syscall",
+            "movq {xmm}, xmm15",
+            xmm = lateout(reg) xmm,
+            inlateout("r12") mark => r12,
+            inlateout("rax") nr => result,
+            in("rdi") args[0], in("rsi") args[1], in("rdx") args[2],
+            in("r10") args[3], in("r8") args[4], in("r9") args[5],
+            out("rcx") _, out("r11") _, out("xmm15") _,
+        );
+    }
+    (result, xmm, r12)
+}
+
+/// An ioctl whose argument is these bytes. The errno if it fails.
+pub fn ioctl(fd: &impl AsRawFd, request: u32, bytes: &mut [u8]) -> Result<(), i32> {
+    // SAFETY: the module is tested for writing no further than the size at the
+    // head of the structure; callers give at most that or an unmapped end.
+    let r = unsafe { libc::ioctl(fd.as_raw_fd(), request as libc::Ioctl, bytes.as_mut_ptr()) };
+    if r < 0 {
+        Err(errno())
+    } else {
+        Ok(())
+    }
+}
+
+/// An ioctl whose argument is any number at all.
+pub fn ioctl_number(fd: &impl AsRawFd, request: u32, argument: u64) -> Result<(), i32> {
+    // SAFETY: only called with addresses where nothing is mapped.
+    let r = unsafe { libc::ioctl(fd.as_raw_fd(), request as libc::Ioctl, argument) };
+    if r < 0 {
+        Err(errno())
+    } else {
+        Ok(())
+    }
+}
+
+pub fn errno() -> i32 {
+    io::Error::last_os_error().raw_os_error().unwrap_or(0)
+}
+
+/// A descriptor for one thread, where the kernel has PIDFD_THREAD (6.9).
+pub fn pidfd_of_thread(tid: i32) -> io::Result<OwnedFd> {
+    // SAFETY: numbers only; the descriptor is new.
+    unsafe {
+        let fd = libc::syscall(libc::SYS_pidfd_open, tid, libc::O_EXCL);
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(OwnedFd::from_raw_fd(fd as i32))
+    }
+}
+
+/// Queues a signal with any content to this process or this thread.
+pub fn queue_to_self(signal: i32, info: &[u8; 128], shared: bool) -> io::Result<()> {
+    // SAFETY: `info` is a siginfo_t's worth of bytes.
+    let r = unsafe {
+        let pid = libc::getpid();
+        if shared {
+            libc::syscall(libc::SYS_rt_sigqueueinfo, pid, signal, info.as_ptr())
+        } else {
+            let call = libc::SYS_rt_tgsigqueueinfo;
+            libc::syscall(call, pid, pid, signal, info.as_ptr())
+        }
+    };
+    if r < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// The next pending signal of `mask`, without waiting.
+pub fn take_signal(mask: u64) -> Option<[u8; 128]> {
+    let mut info = [0u8; 128];
+    let zero = [0i64; 2];
+    // SAFETY: all pointers are to living buffers; a mask has 8 bytes.
+    let r = unsafe {
+        let call = libc::SYS_rt_sigtimedwait;
+        libc::syscall(call, &raw const mask, info.as_mut_ptr(), zero.as_ptr(), 8)
+    };
+    (r > 0).then_some(info)
+}
+
+/// Sets the signal mask and returns the one before.
+pub fn set_mask(mask: u64) -> u64 {
+    let mut old = 0u64;
+    // SAFETY: both are masks of 8 bytes.
+    unsafe {
+        let call = libc::SYS_rt_sigprocmask;
+        let how = libc::SIG_SETMASK;
+        libc::syscall(call, how, &raw const mask, &raw mut old, 8);
+    }
+    old
+}
+
+static HANDLED: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0);
+
+extern "C" fn note(signal: i32) {
+    HANDLED.fetch_or(1 << (signal - 1), std::sync::atomic::Ordering::SeqCst);
+}
+
+/// Signals that [`handle`] has seen, as a mask.
+pub fn handled() -> u64 {
+    HANDLED.load(std::sync::atomic::Ordering::SeqCst)
+}
+
+/// Notes `signal` when it comes, on the alternate stack.
+pub fn handle(signal: i32) {
+    // SAFETY: the handler touches one atomic.
+    unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        action.sa_sigaction = note as *const () as usize;
+        action.sa_flags = libc::SA_ONSTACK | libc::SA_RESTART;
+        action.sa_mask = std::mem::zeroed();
+        libc::sigaction(signal, &action, std::ptr::null_mut());
+    }
+}
+
+/// Gives this thread an alternate stack, and returns where it is.
+pub fn use_altstack(size: usize) -> u64 {
+    let stack = Box::leak(vec![0u8; size].into_boxed_slice());
+    // SAFETY: the stack is never freed.
+    unsafe {
+        let alt = libc::stack_t {
+            ss_sp: stack.as_mut_ptr().cast(),
+            ss_flags: 0,
+            ss_size: size,
+        };
+        libc::sigaltstack(&alt, std::ptr::null_mut());
+    }
+    stack.as_ptr() as u64
+}
+
+/// The alternate stack as the kernel has it: address, size, flags.
+pub fn altstack() -> (u64, u64, i32) {
+    // SAFETY: reads into a local.
+    unsafe {
+        let mut alt: libc::stack_t = std::mem::zeroed();
+        libc::sigaltstack(std::ptr::null(), &mut alt);
+        (alt.ss_sp as u64, alt.ss_size as u64, alt.ss_flags)
+    }
+}
+
+pub fn getppid() -> i32 {
+    // SAFETY: no arguments.
+    unsafe { libc::getppid() }
+}
+
+/// Sleeps until a signal ends it.
+pub fn pause() {
+    // SAFETY: no arguments.
+    unsafe { libc::pause() };
+}
+
+/// Lets the parent trace this process and stops in a signal-delivery-stop.
+pub fn trace_me_and_stop() {
+    // SAFETY: numbers only.
+    unsafe {
+        libc::ptrace(libc::PTRACE_TRACEME, 0, 0, 0);
+        libc::raise(libc::SIGUSR1);
+    }
+}
+
+pub fn prctl(option: i32, value: u64) -> i32 {
+    // SAFETY: only called with options that take a number.
+    unsafe { libc::prctl(option, value, 0, 0, 0) }
+}
+
+/// Lowers the number of signals this user may have queued.
+pub fn limit_sigpending(n: u64) {
+    let limit = libc::rlimit {
+        rlim_cur: n,
+        rlim_max: n,
+    };
+    // SAFETY: reads a local.
+    unsafe { libc::setrlimit(libc::RLIMIT_SIGPENDING, &limit) };
+}
+
+/// An interval timer that fires once, after `ms`.
+pub fn alarm_ms(ms: i64) {
+    let zero = libc::timeval {
+        tv_sec: 0,
+        tv_usec: 0,
+    };
+    let timer = libc::itimerval {
+        it_interval: zero,
+        it_value: libc::timeval {
+            tv_sec: ms / 1000,
+            tv_usec: ms % 1000 * 1000,
+        },
+    };
+    // SAFETY: reads a local.
+    unsafe { libc::setitimer(libc::ITIMER_REAL, &timer, std::ptr::null_mut()) };
+}
