@@ -486,6 +486,18 @@ fn base() -> Result<PathBuf> {
     last.unwrap_or_else(|| Err(Error::bad("cgroup v2", "no place to make a cgroup in")))
 }
 
+/// Tries whether husks can be held here; says where.
+pub fn probe() -> Result<String> {
+    let hold = Hold::husk(Id::random()?)?;
+    for file in ["cgroup.freeze", "cgroup.kill"] {
+        if !hold.cgroup().has(file)? {
+            return Err(Error::bad(hold.cgroup().object(file), "is not there"));
+        }
+    }
+    let parent = hold.place().cgroup.parent();
+    Ok(parent.map_or_else(String::new, |p| p.display().to_string()))
+}
+
 /// Removes the empty cgroups of programs that came here and have ended since.
 pub fn sweep_empty() -> Result<()> {
     let base = base()?;

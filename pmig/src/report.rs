@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::error::Error;
+use crate::error::{Error, Obstacle};
 use crate::phase::Phase;
 
 /// Hears of every step as it happens. Called from the migrating thread, during
@@ -53,6 +53,8 @@ pub enum Event {
     /// It does not. Written by the command line from [`Failure`].
     Failed {
         error: String,
+        /// What stood in the way, where that is why.
+        obstacles: Vec<Obstacle>,
         /// One of the names of [`Outcome`].
         outcome: String,
         exit_code: u8,

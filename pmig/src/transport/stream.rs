@@ -1,11 +1,13 @@
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream, ToSocketAddrs};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::Duration;
 
-use nix::sys::socket::{setsockopt, sockopt};
+use nix::sys::socket::{
+    getsockname, setsockopt, sockopt, AddressFamily, SockaddrLike, SockaddrStorage,
+};
 
 use super::{Addr, Link};
 
@@ -43,6 +45,21 @@ fn tcp(stream: TcpStream, peer: String) -> io::Result<Plain<TcpStream>> {
     setsockopt(&stream, sockopt::TcpKeepInterval, &5)?;
     setsockopt(&stream, sockopt::TcpUserTimeout, &SILENCE_MS)?;
     Ok(Plain { stream, peer })
+}
+
+/// Takes over a connection that another process accepted, whose peer it calls
+/// `peer`.
+pub fn adopt(fd: OwnedFd, peer: String) -> io::Result<Box<dyn Link>> {
+    match getsockname::<SockaddrStorage>(fd.as_raw_fd())?.family() {
+        Some(AddressFamily::Inet | AddressFamily::Inet6) => {
+            Ok(Box::new(tcp(TcpStream::from(fd), peer)?))
+        }
+        Some(AddressFamily::Unix) => Ok(Box::new(Plain {
+            stream: UnixStream::from(fd),
+            peer,
+        })),
+        _ => Err(io::Error::other("a socket of another kind")),
+    }
 }
 
 /// Waits for other pmigs.

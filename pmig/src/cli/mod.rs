@@ -1,0 +1,298 @@
+//! Words in and out.
+
+mod check;
+mod files;
+mod machine;
+mod output;
+mod resolve;
+mod serve;
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use pmig::error::Error;
+use pmig::id::Id;
+use pmig::keeper;
+use pmig::transport::Addr;
+
+/// How pmig ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Exit {
+    Done = 0,
+    Other = 1,
+    /// What clap says too.
+    Usage = 2,
+    /// The process cannot be moved; nothing was stopped for it, or it was let
+    /// go on.
+    Refused = 3,
+    /// The migration failed; the program runs on at the source.
+    RunsOn = 4,
+    /// The program is held, frozen, until both machines agree.
+    Unresolved = 5,
+}
+
+impl From<Exit> for ExitCode {
+    fn from(exit: Exit) -> ExitCode {
+        ExitCode::from(exit as u8)
+    }
+}
+
+const EXITS: &str = "\
+Exit codes: 0 done; 1 another error; 2 wrong usage; 3 refused; 4 failed, the \
+program runs on at the source; 5 unresolved, the program is held frozen (see \
+pmig resolve).";
+
+/// Moves a running process, with everything it is made of, to another machine
+/// while it runs.
+#[derive(Debug, Parser)]
+#[command(name = "pmig", version, after_help = EXITS)]
+struct Cli {
+    #[command(flatten)]
+    verbose: Verbose,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Clone, Copy, Args)]
+pub struct Verbose {
+    /// Log what is done to standard error; twice for more.
+    #[arg(short = 'v', long = "verbose", action = clap::ArgAction::Count, global = true)]
+    level: u8,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Wait for programs that other machines send.
+    Serve(Serve),
+    /// Move a process to another machine.
+    Migrate(Migrate),
+    /// Say what this machine can do, or what stands in the way of moving a
+    /// process.
+    Check(Check),
+    /// Settle migrations whose end the two machines have not agreed on.
+    Resolve(Resolve),
+    /// One migration's part of serve: its connection is standard input.
+    #[command(hide = true)]
+    Session(Session),
+    /// One migration's keeper: its line to pmig is standard input.
+    #[command(hide = true)]
+    Keeper { id: Id },
+}
+
+/// Why plain TCP has to be asked for, on both sides.
+pub const INSECURE: &str = "\
+tcp:// neither encrypts nor authenticates: whoever can reach the port can read \
+the memory of what is moved, and run programs as root on the machine that \
+serves. Say --insecure on a network where that is all right, or use unix:/path";
+
+#[derive(Debug, Args)]
+pub struct Insecure {
+    /// Allow plain tcp://, which neither encrypts nor authenticates: whoever
+    /// can reach the port reads the program's memory and runs programs as root.
+    #[arg(long)]
+    insecure: bool,
+}
+
+impl Insecure {
+    /// Refuses a plain network that nobody asked for.
+    fn allows(&self, addr: &Addr) -> Result<(), Exit> {
+        if addr.is_plain_network() && !self.insecure {
+            output::error_line(&format!("pmig: {INSECURE}"));
+            return Err(Exit::Usage);
+        }
+        Ok(())
+    }
+}
+
+#[derive(Debug, Args)]
+pub struct Serve {
+    /// tcp://host[:port] or unix:/path
+    #[arg(long, value_name = "ADDR")]
+    listen: Addr,
+    #[command(flatten)]
+    insecure: Insecure,
+}
+
+#[derive(Debug, Args)]
+pub struct Migrate {
+    #[arg(value_parser = clap::value_parser!(i32).range(1..))]
+    pid: i32,
+    /// Where a pmig serves: tcp://host[:port] or unix:/path
+    addr: Addr,
+    #[command(flatten)]
+    insecure: Insecure,
+    #[command(flatten)]
+    how: How,
+    /// Print every event as a line of JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+/// How a process is moved.
+#[derive(Debug, Clone, Args)]
+pub struct How {
+    /// Open files: `check` that the target has the same, or `ship` those that
+    /// are missing there or open for writing here.
+    #[arg(long, value_enum, default_value_t = Files::Check)]
+    files: Files,
+    /// How registers, signals and timers are read and set: by the kernel
+    /// module, by ptrace, or by the module where it is there.
+    #[arg(long, value_enum, default_value_t = Pcb::Auto)]
+    pcb: Pcb,
+    /// The rounds of the copy end when what is left fits into this time.
+    #[arg(long, value_name = "TIME", default_value = "20ms", value_parser = duration)]
+    max_freeze: Duration,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Files {
+    Check,
+    Ship,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Pcb {
+    Auto,
+    Ptrace,
+    Kmod,
+}
+
+#[derive(Debug, Args)]
+pub struct Check {
+    #[arg(value_parser = clap::value_parser!(i32).range(1..))]
+    pid: Option<i32>,
+    /// Where a pmig serves: tcp://host[:port] or unix:/path
+    addr: Option<Addr>,
+    #[command(flatten)]
+    insecure: Insecure,
+    #[command(flatten)]
+    how: How,
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Resolve {
+    /// Only this migration.
+    id: Option<Id>,
+    /// If the machines cannot agree: let it run on this machine.
+    #[arg(long, requires = "id", conflicts_with = "drop")]
+    run_here: bool,
+    /// If the machines cannot agree: end what this machine holds of it.
+    #[arg(long, requires = "id")]
+    drop: bool,
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Session {
+    /// What the other side is called in messages.
+    #[arg(long)]
+    peer: String,
+}
+
+/// Does what the command line says.
+pub fn run() -> ExitCode {
+    let cli = Cli::parse();
+    log(cli.verbose);
+    let exit = match cli.command {
+        Command::Serve(args) => serve::run(&args, cli.verbose),
+        Command::Migrate(_) => Exit::Other,
+        Command::Check(args) => check::run(&args),
+        Command::Resolve(args) => resolve::run(&args),
+        Command::Session(_) => Exit::Other,
+        Command::Keeper { id } => match keeper::run(id) {
+            Ok(()) => Exit::Done,
+            Err(e) => {
+                tracing::error!("{e}");
+                Exit::Unresolved
+            }
+        },
+    };
+    exit.into()
+}
+
+fn log(verbose: Verbose) {
+    let level = match verbose.level {
+        0 => tracing::Level::WARN,
+        1 => tracing::Level::INFO,
+        2 => tracing::Level::DEBUG,
+        _ => tracing::Level::TRACE,
+    };
+    tracing_subscriber::fmt()
+        .with_max_level(level)
+        .with_writer(std::io::stderr)
+        // It would panic where standard error is closed.
+        .log_internal_errors(false)
+        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
+        .init();
+}
+
+/// Says an error to a person.
+fn say(error: &Error) {
+    output::error_line(&format!("pmig: {}", lines(error)));
+}
+
+/// An error's text, whose line ends are ours and whose other control characters
+/// are escaped.
+fn lines(error: &Error) -> String {
+    error
+        .to_string()
+        .split('\n')
+        .map(pmig::error::printable)
+        .collect::<Vec<_>>()
+        .join("\n")
+}
+
+/// `20ms`, `1.5s`, `500us`.
+fn duration(text: &str) -> Result<Duration, String> {
+    let wrong = || format!("{text}: a time is written like 20ms, 500us or 1.5s");
+    let split = text
+        .find(|c: char| c.is_ascii_alphabetic())
+        .ok_or_else(wrong)?;
+    let (number, unit) = text.split_at(split);
+    let number: f64 = number.parse().map_err(|_| wrong())?;
+    let unit = match unit {
+        "us" => 1e-6,
+        "ms" => 1e-3,
+        "s" => 1.0,
+        _ => return Err(wrong()),
+    };
+    Duration::try_from_secs_f64(number * unit).map_err(|_| wrong())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+        let cli = Cli::try_parse_from(["pmig", "migrate", "42", "tcp://b", "--insecure", "-v"]);
+        assert_eq!(cli.unwrap().verbose.level, 1);
+        for wrong in [
+            &["pmig", "migrate", "0", "tcp://b"][..],
+            &["pmig", "migrate", "-1", "tcp://b"],
+            &["pmig", "migrate", "42", "b"],
+            &["pmig", "migrate", "42", "tcp://b", "--max-freeze", "20"],
+            &["pmig", "resolve", "--drop"],
+            &["pmig", "resolve", "../../etc"],
+        ] {
+            assert!(Cli::try_parse_from(wrong).is_err(), "{wrong:?}");
+        }
+    }
+
+    #[test]
+    fn times_are_read() {
+        assert_eq!(duration("20ms"), Ok(Duration::from_millis(20)));
+        assert_eq!(duration("1.5s"), Ok(Duration::from_millis(1500)));
+        for wrong in ["", "20", "ms", "-1ms", "1h", "NaNs", "1e300s"] {
+            assert!(duration(wrong).is_err(), "{wrong}");
+        }
+    }
+}

@@ -1,0 +1,149 @@
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::Arc;
+
+use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
+use nix::sys::stat::{umask, Mode};
+use pmig::error::{printable, Context, Result};
+use pmig::interrupt;
+use pmig::journal::{run_dir, state_dir, Folder};
+use pmig::protocol::fate;
+use pmig::protocol::preface::{self, Kind};
+use pmig::resolve;
+use pmig::transport::{Link, Listener};
+
+use super::output::error_line;
+use super::{files, say, Exit, Serve, Verbose};
+
+/// Connections looked after at once; more wait until one of them ends.
+const MAX_GREETINGS: usize = 64;
+
+/// Migrations on their way here at once.
+const MAX_SESSIONS: usize = 32;
+
+pub fn run(args: &Serve, verbose: Verbose) -> Exit {
+    if let Err(exit) = args.insecure.allows(&args.listen) {
+        return exit;
+    }
+    match serve(args, verbose) {
+        Ok(()) => Exit::Done,
+        Err(e) => {
+            say(&e);
+            Exit::Other
+        }
+    }
+}
+
+fn serve(args: &Serve, verbose: Verbose) -> Result<()> {
+    interrupt::listen()?;
+    umask(Mode::from_bits_truncate(0o077));
+    Folder::at(&state_dir())?;
+    Folder::at(&run_dir())?;
+    let listener = Listener::bind(&args.listen).context("listen on", &args.listen)?;
+    // May have to ask machines that are down.
+    std::thread::spawn(|| resolve::sweep(&files::Shipped));
+    error_line(&format!("pmig: listening on {}", args.listen));
+
+    let greetings = Arc::new(AtomicUsize::new(0));
+    let sessions = Arc::new(AtomicUsize::new(0));
+    while !interrupt::requested() {
+        if greetings.load(Ordering::Relaxed) >= MAX_GREETINGS || !readable(listener.fd()) {
+            if greetings.load(Ordering::Relaxed) >= MAX_GREETINGS {
+                std::thread::sleep(std::time::Duration::from_millis(20));
+            }
+            continue;
+        }
+        let link = match listener.accept() {
+            Ok(link) => link,
+            Err(e) => {
+                tracing::warn!("accept: {e}");
+                std::thread::sleep(std::time::Duration::from_millis(20));
+                continue;
+            }
+        };
+        let greeting = Counted::new(&greetings);
+        let sessions = sessions.clone();
+        std::thread::spawn(move || {
+            let peer = link.peer();
+            if let Err(e) = greet(link, &sessions, greeting, verbose) {
+                tracing::warn!("connection from {}: {e}", printable(&peer));
+            }
+        });
+    }
+    Ok(())
+}
+
+/// Waits a moment for a connection.
+fn readable(fd: BorrowedFd<'_>) -> bool {
+    let mut fds = [PollFd::new(fd, PollFlags::POLLIN)];
+    matches!(poll(&mut fds, PollTimeout::from(200u8)), Ok(n) if n > 0)
+}
+
+fn greet(
+    mut link: Box<dyn Link>,
+    sessions: &Arc<AtomicUsize>,
+    greeting: Counted,
+    verbose: Verbose,
+) -> Result<()> {
+    match preface::accept(&mut *link)? {
+        Kind::Fate => fate::serve(&mut *link, |q| resolve::answer(q, &files::Shipped)),
+        Kind::Migration => {
+            drop(greeting);
+            if sessions.load(Ordering::Relaxed) >= MAX_SESSIONS {
+                tracing::warn!("{MAX_SESSIONS} migrations are on their way here; refusing another");
+                return Ok(());
+            }
+            let _session = Counted::new(sessions);
+            session(link, verbose)
+        }
+    }
+}
+
+/// Hands a connection to a process of its own, which lives on if this one dies,
+/// and waits for its end.
+fn session(link: Box<dyn Link>, verbose: Verbose) -> Result<()> {
+    let peer = link.peer();
+    link.set_deadline(None)
+        .context("set up", "the connection")?;
+    let fd: OwnedFd = link
+        .fd()
+        .as_fd()
+        .try_clone_to_owned()
+        .context("hand over", "the connection")?;
+    let mut command = Command::new("/proc/self/exe");
+    command
+        .arg0("pmig")
+        .args(["session", "--peer", &peer])
+        .stdin(fd)
+        .stdout(Stdio::null());
+    if verbose.level > 0 {
+        command.arg(format!("-{}", "v".repeat(verbose.level.into())));
+    }
+    let mut child = command.spawn().context("start", "a session")?;
+    // Otherwise the other side wouldn't notice when the session dies.
+    drop(command);
+    drop(link);
+    let status = child.wait().context("wait for", "a session")?;
+    if !status.success() {
+        tracing::info!("the session with {} ended with {status}", printable(&peer));
+    }
+    Ok(())
+}
+
+/// Counts itself for as long as it lives.
+struct Counted(Arc<AtomicUsize>);
+
+impl Counted {
+    fn new(count: &Arc<AtomicUsize>) -> Counted {
+        count.fetch_add(1, Ordering::Relaxed);
+        Counted(count.clone())
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
