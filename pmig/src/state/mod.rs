@@ -5,6 +5,7 @@ pub mod bounds;
 pub mod clock;
 pub mod credentials;
 pub mod fd;
+pub mod files;
 pub mod limits;
 pub mod memory;
 pub mod objects;

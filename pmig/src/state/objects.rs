@@ -15,6 +15,17 @@ use crate::state::fd::{Beat, Watch};
 use crate::state::paths::{FilePath, Pinned};
 use crate::sys::fds::Order;
 
+/// A regular file a descriptor leads to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OpenFile {
+    /// A descriptor that holds it.
+    pub fd: i32,
+    pub path: FilePath,
+    pub ino: u64,
+    /// It can be written to through this descriptor.
+    pub writable: bool,
+}
+
 /// What stands in the way of moving a process as far as its descriptors go,
 /// looked at from outside while it runs.
 ///

@@ -1,7 +1,7 @@
 //! Descriptors of other processes: what nix has no wrapper for.
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd};
 
 const KCMP_FILE: libc::c_long = 0;
 const F_GETOWN_EX: libc::c_int = 16;
@@ -39,23 +39,6 @@ pub fn kcmp_file(pid: i32, a: i32, b: i32) -> io::Result<Order> {
         2 => Order::Greater,
         _ => Order::Different,
     })
-}
-
-/// pidfd_open(2): a handle that never names another process.
-pub fn pidfd_open(pid: i32) -> io::Result<OwnedFd> {
-    // SAFETY: pidfd_open takes numbers only.
-    let fd = check(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })?;
-    // SAFETY: the kernel just gave us this descriptor, nobody else has it.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
-}
-
-/// pidfd_getfd(2): a copy of another process's descriptor, close-on-exec,
-/// sharing its open file description.
-pub fn pidfd_getfd(pidfd: BorrowedFd<'_>, fd: i32) -> io::Result<OwnedFd> {
-    // SAFETY: pidfd_getfd takes numbers only.
-    let copy = check(unsafe { libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_raw_fd(), fd, 0) })?;
-    // SAFETY: the kernel just gave us this descriptor, nobody else has it.
-    Ok(unsafe { OwnedFd::from_raw_fd(copy as i32) })
 }
 
 /// Whether somebody is to be told by a signal when the file gets ready

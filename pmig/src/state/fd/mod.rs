@@ -31,6 +31,7 @@ pub use regular::Regular;
 pub use watch::{Beat, Watch};
 
 use crate::error::{Context, Error, Obstacle, Result};
+use crate::state::objects::OpenFile;
 use crate::state::paths::FilePath;
 use look::{Name, Subject};
 
@@ -235,7 +236,9 @@ impl FdTable {
                 .all(|(a, b)| {
                     (a.flags ^ b.flags) & !SETTABLE == 0
                         && match (&a.kind, &b.kind) {
-                            (Kind::Regular(a), Kind::Regular(b)) => a.path == b.path,
+                            (Kind::Regular(a), Kind::Regular(b)) => {
+                                (&a.path, a.ino) == (&b.path, b.ino)
+                            }
                             (Kind::Directory(a), Kind::Directory(b)) => a.path == b.path,
                             (a, b) => a == b,
                         }
@@ -248,17 +251,24 @@ impl FdTable {
         self.holders.last().map_or(-1, |h| h.fd)
     }
 
-    /// The regular files among the descriptions: a descriptor that holds each,
-    /// its path, and whether it can be written to by it.
-    pub fn files(&self) -> Vec<(i32, &FilePath, bool)> {
-        let mut found = Vec::new();
-        for (n, d) in self.descriptions.iter().enumerate() {
-            let holder = self.holders.iter().find(|h| h.description as usize == n);
-            if let (Kind::Regular(r), Some(h)) = (&d.kind, holder) {
-                let writable = d.flags & libc::O_ACCMODE != libc::O_RDONLY;
-                found.push((h.fd, &r.path, writable));
+    /// The regular files among the descriptions.
+    pub fn files(&self) -> Vec<OpenFile> {
+        let mut first = vec![None; self.descriptions.len()];
+        for h in self.holders.iter().rev() {
+            if let Some(first) = first.get_mut(h.description as usize) {
+                *first = Some(h.fd);
             }
         }
-        found
+        let held = self.descriptions.iter().zip(first);
+        held.filter_map(|(d, fd)| match (&d.kind, fd) {
+            (Kind::Regular(r), Some(fd)) => Some(OpenFile {
+                fd,
+                path: r.path.clone(),
+                ino: r.ino,
+                writable: d.flags & libc::O_ACCMODE != libc::O_RDONLY,
+            }),
+            _ => None,
+        })
+        .collect()
     }
 }

@@ -17,6 +17,9 @@ use crate::state::paths::FilePath;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Regular {
     pub path: FilePath,
+    /// The inode number at the source: another one under the same path is
+    /// another file.
+    pub ino: u64,
     /// In bytes.
     pub offset: u64,
 }
@@ -30,6 +33,7 @@ pub(super) fn claim(s: &Subject<'_>) -> Claim {
     match only_flags(s, KNOWN).and_then(|()| named(s)) {
         Ok(path) => Claim::Mine(Kind::Regular(Regular {
             path,
+            ino: s.nature.ino,
             offset: s.position,
         })),
         Err(obstacle) => Claim::Refused(obstacle),

@@ -482,6 +482,7 @@ fn offsets_and_flags_arrive_on_shared_descriptions() {
             flags: libc::O_RDWR | LARGEFILE | flags,
             kind: Kind::Regular(Regular {
                 path: path.clone(),
+                ino: stat.st_ino,
                 offset,
             }),
         }],

@@ -9,7 +9,8 @@ use super::{claim, pipe, Description, FdTable, Holder, Kind};
 use crate::error::{Context, Error, Obstacle, Result};
 use crate::state::objects::{others_with_pipes, share};
 use crate::state::paths::FilePath;
-use crate::sys::fds::{kcmp_file, pidfd_getfd, pidfd_open, tells_by_signal};
+use crate::sys::fds::{kcmp_file, tells_by_signal};
+use crate::sys::pidfd;
 
 /// In which state the process is looked at.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,7 +49,7 @@ impl Watch {
     /// [`Error::Gone`] where there is no such process.
     pub fn new(pid: i32) -> Result<Watch> {
         let proc = ProcDir::open(pid)?;
-        let pidfd = match pidfd_open(pid) {
+        let pidfd = match pidfd::open(pid) {
             Err(e) if e.raw_os_error() == Some(libc::ESRCH) => return Err(Error::Gone(pid)),
             other => other.context("open a handle on", format!("process {pid}"))?,
         };
@@ -255,7 +256,7 @@ impl Watch {
                 Some((glance, _)) => object(fd, &glance.link),
                 None => format!("fd {fd}"),
             };
-            let copy = pidfd_getfd(self.pidfd.as_fd(), fd).context("copy", name())?;
+            let copy = pidfd::get(self.pidfd.as_fd(), fd).context("copy", name())?;
             if tells_by_signal(copy.as_fd()).context("look at", name())? {
                 obstacles.push(Obstacle::new(
                     name(),
