@@ -10,7 +10,17 @@ use std::sync::OnceLock;
 const TRIPLE: &str = "x86_64-unknown-linux-gnu";
 
 /// The sample programs, by the names of their binaries.
-pub const SAMPLES: &[&str] = &["iterative", "recursive", "ticker"];
+pub const SAMPLES: &[&str] = &[
+    "attributes",
+    "clocks",
+    "files",
+    "iterative",
+    "memory",
+    "recursive",
+    "signals",
+    "sleeper",
+    "ticker",
+];
 
 /// The workspace's top directory.
 pub fn top() -> &'static Path {

@@ -3,7 +3,9 @@
 //! Each is deterministic given its arguments, ends by itself, and closes with
 //! `PASS` and a checksum of everything it computed, or with `FAIL` and why.
 
+pub mod area;
 pub mod pipe;
+pub mod raw;
 pub mod vectors;
 
 use std::fs::File;
