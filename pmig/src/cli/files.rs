@@ -2,23 +2,26 @@
 
 use pmig::error::{Error, Result};
 use pmig::resolve::Files;
+use pmig::state::files::Pending;
 use serde_json::Value;
 
+/// The files room's, as [`Files`]. What is noted is a list of [`Pending`].
 pub struct Shipped;
 
 impl Files for Shipped {
     fn finish(&self, noted: &Value) -> Result<()> {
-        none(noted)
+        each(noted, Pending::commit)
     }
 
     fn undo(&self, noted: &Value) -> Result<()> {
-        none(noted)
+        each(noted, Pending::abort)
     }
 }
 
-fn none(noted: &Value) -> Result<()> {
-    match noted {
-        Value::Null => Ok(()),
-        _ => Err(Error::bad("noted files", "are of another version")),
-    }
+/// All are tried; the first failure is told.
+fn each(noted: &Value, act: impl Fn(&Pending) -> Result<()>) -> Result<()> {
+    let all: Vec<Pending> =
+        serde_json::from_value(noted.clone()).map_err(|e| Error::bad("noted files", e))?;
+    let tried: Vec<Result<()>> = all.iter().map(act).collect();
+    tried.into_iter().collect()
 }

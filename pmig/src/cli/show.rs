@@ -317,6 +317,60 @@ mod tests {
     }
 
     #[test]
+    fn a_migration_fits_one_screen() {
+        let ms = Duration::from_millis;
+        let mut freeze = Freeze {
+            total: Duration::from_micros(12_400),
+            pages: 48,
+            ..Freeze::default()
+        };
+        for (name, us) in [
+            ("stop", 200),
+            ("scan", 400),
+            ("pages", 7100),
+            ("wire", 4700),
+        ] {
+            freeze.add(name, Duration::from_micros(us));
+        }
+        let events = [
+            Event::Ended {
+                phase: Phase::Build,
+                what: "41 mappings, 9 descriptors".into(),
+                elapsed: ms(38),
+            },
+            Event::RoundEnded(Round {
+                round: 1,
+                pages: 76_171,
+                bytes: 312_000_000,
+                of: 312_000_000,
+                elapsed: ms(11_500),
+                rate: 27_000_000,
+                dirty_rate: Some(4_000_000),
+                eta: None,
+            }),
+            Event::Done(Summary {
+                id: String::new(),
+                pid: 4242,
+                comm: "simulate".into(),
+                to: "b".into(),
+                total: ms(13_400),
+                bytes_sent: 361_000_000,
+                rounds: 2,
+                freeze,
+            }),
+        ];
+        let shown: Vec<String> = events.iter().flat_map(lines).collect();
+        assert_eq!(
+            shown.join("\n"),
+            "  build    41 mappings, 9 descriptors                                  38.0 ms\n\
+             \x20 copy 1   312 MB at 27 MB/s, dirtied meanwhile at 4.0 MB/s             11.5 s\n\
+             \x20 freeze   48 pages                                                    12.4 ms\n\
+             \x20          stop 0.2 · scan 0.4 · pages 7.1 · wire 4.7\n\
+             running on b as 4242, 13.4 s after you asked; 361 MB sent"
+        );
+    }
+
+    #[test]
     fn nothing_is_shown_while_the_program_stands_still() {
         let mut later = Later::default();
         let mut see = |event: Event| later.take(&event, vec!["x".into()]).len();

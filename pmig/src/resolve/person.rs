@@ -246,14 +246,29 @@ fn resolve_target(husk: &Husk, how: How, files: &dyn Files) -> Result<Resolved> 
                     id = record.id
                 ),
             ),
-            Some(Fate::Committed(committed)) => {
-                target::finish(&committed, files)?;
-                done(if by_hand {
-                    format!("{name} runs here, because you said so; make sure that {peer} does not run it too")
-                } else {
-                    format!("{name} was committed here: it runs here, or has ended since")
-                })
-            }
+            Some(Fate::Committed(committed)) => match target::finish(&committed, files) {
+                Ok(()) if by_hand => done(format!(
+                    "{name} runs here, because you said so; make sure that {peer} does not run it too"
+                )),
+                Ok(()) => done(format!(
+                    "{name} was committed here: it runs here, or has ended since"
+                )),
+                Err(e) if how == How::Drop => {
+                    committed.settle()?;
+                    done(format!(
+                        "{name} was committed here, and runs or has ended; what was left to do is given up: {e}"
+                    ))
+                }
+                Err(e) => (
+                    false,
+                    format!(
+                        "{name} was committed here, and runs or has ended, but not all is done: {e}\n\
+                         once that is put right:  pmig resolve {id}\n\
+                         to leave it as it is:    pmig resolve {id} --drop",
+                        id = record.id
+                    ),
+                ),
+            },
             Some(Fate::Aborted(aborted)) => {
                 target::undo(&aborted, files)?;
                 done(format!(
