@@ -6,6 +6,7 @@ pub mod cgroup;
 pub mod sched;
 pub mod smaps;
 pub mod status;
+pub mod timers;
 
 use std::fs::File;
 use std::io::Read;

@@ -11,6 +11,8 @@ pub struct Sched {
     pub exec_start: u64,
     /// How often the process has gone to sleep.
     pub voluntary_switches: u64,
+    /// How often it has changed its CPU, and with it that clock.
+    pub migrations: u64,
 }
 
 impl Sched {
@@ -42,6 +44,7 @@ impl Sched {
                 .checked_mul(1_000_000)?
                 .checked_add(ns.parse().ok()?)?,
             voluntary_switches: field("nr_voluntary_switches")?.parse().ok()?,
+            migrations: field("se.nr_migrations")?.parse().ok()?,
         })
     }
 }
@@ -97,12 +100,14 @@ mod tests {
     fn a_name_cannot_imitate_a_field() {
         let text = "nr_voluntary_switches : 7 (12, #threads: 1)\n----\n\
             se.exec_start          :       1212939.319727\n\
+            se.nr_migrations       :                    2\n\
             nr_voluntary_switches  :                    3\n";
         assert_eq!(
             Sched::parse(text),
             Some(Sched {
                 exec_start: 1_212_939_319_727,
-                voluntary_switches: 3
+                voluntary_switches: 3,
+                migrations: 2,
             })
         );
         assert_eq!(Sched::parse("x\nse.exec_start : 1.5\n"), None);

@@ -1,11 +1,20 @@
 //! A system call that the stop interrupted, and how it goes on.
 //!
 //! Most calls go on by their registers alone: the kernel makes them again. A
-//! relative sleep cannot, it would start afresh: the kernel keeps its deadline
-//! in a restart block, which no file shows. Here the deadline is worked out
-//! from when the process fell asleep, carried in the program's own monotonic
-//! time (which goes on across a move), and put into a restart block again by
-//! making the call with what is left of it.
+//! relative wait cannot, it would start afresh: the kernel keeps its deadline
+//! in a restart block, which no file shows. Here it is worked out, from best
+//! to worst:
+//!
+//! - the sleep wrote what is left of it where the program asked for that;
+//! - it was known at the stop before, and the process still sleeps in it;
+//! - of the machine's timers, one vanished with the sleep;
+//! - the scheduler knows when the process fell asleep, by a clock that leaves
+//!   out interrupts and stolen time and differs between CPUs: good enough for
+//!   short sleeps.
+//!
+//! It is carried in the program's own monotonic time, which goes on across a
+//! move, and put into a restart block again by making the call with what is
+//! left of it.
 
 use nix::time::{clock_gettime, ClockId};
 use serde::{Deserialize, Serialize};
@@ -14,6 +23,7 @@ use super::words::{bytes_of, u64_at};
 use crate::error::{Error, Obstacle, Result};
 use crate::proc;
 use crate::proc::sched::{InCall, Sched};
+use crate::proc::timers::{self, Sleeper};
 use crate::sys::ptrace::Regs;
 use crate::tracee::{Primed, RemoteAddr, Stopped, DATA};
 
@@ -32,6 +42,8 @@ const FUTEX_WAIT_BITSET: u64 = 9;
 const FUTEX_COMMAND: u64 = 0x7f;
 const TIMER_ABSTIME: u64 = 1;
 const SECOND: i64 = 1_000_000_000;
+/// Sleeps that the scheduler's clock measures well enough.
+const SHORT: i64 = 50_000_000;
 
 /// How an interrupted call goes on.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -76,11 +88,14 @@ impl ProgramClock {
 /// What was seen of a process just before a stop.
 #[derive(Debug, Clone)]
 struct Look {
-    call: InCall,
+    /// `None`: it ran.
+    call: Option<InCall>,
     sched: Sched,
     /// The kernel function it sleeps in (`/proc/PID/wchan`), for a call that
     /// was restarted and does not tell its own number any more.
     place: String,
+    /// The machine's timers, where one may be its own.
+    timers: Option<Vec<Sleeper>>,
 }
 
 /// What the deadline of a wait was found to be, and the state of the process
@@ -126,12 +141,13 @@ impl Watch {
         let regs = stopped.regs();
         self.now = None;
         if regs.rax as i64 == ERESTART_RESTARTBLOCK {
-            self.now = self.find(stopped, &regs, clock.now())?;
+            self.now = self.find(stopped, &regs, clock)?;
         }
         Ok(())
     }
 
-    fn find(&self, stopped: &Stopped, regs: &Regs, now: i64) -> Result<Option<Timed>> {
+    fn find(&self, stopped: &Stopped, regs: &Regs, clock: ProgramClock) -> Result<Option<Timed>> {
+        let now = clock.now();
         let args = args_of(regs);
         let call = match regs.orig_rax as i64 {
             RESTART => {
@@ -168,20 +184,46 @@ impl Watch {
         else {
             return Ok(None);
         };
-        if !continuous(look, regs, &after) || call != regs.orig_rax as i64 {
-            return Ok(None);
+        if !continuous(look, regs, &after) {
+            // It went to sleep after the look, a moment ago: late by no more
+            // than that. A restarted call may be older.
+            return match call == regs.orig_rax as i64 {
+                true => timed(Some(now.saturating_add(wait))),
+                false => Ok(None),
+            };
         }
-        let slept = after.exec_start.saturating_sub(look.sched.exec_start);
-        timed(Some(now.saturating_sub(slept as i64).saturating_add(wait)))
+        // Of a restarted call this is not the beginning.
+        let slept = (call == regs.orig_rax as i64)
+            .then(|| after.exec_start.saturating_sub(look.sched.exec_start) as i64);
+        let estimate = slept.map(|s| now.saturating_sub(s).saturating_add(wait));
+        let same_clock = after.migrations == look.sched.migrations;
+        if same_clock && slept.is_some_and(|s| s <= SHORT) {
+            return timed(estimate);
+        }
+        let left = timers::sleepers();
+        // What has ended by itself meanwhile did not vanish with the sleep.
+        let range = clock.now() - clock.offset..now.saturating_add(wait) - clock.offset;
+        let found = vanished(look.timers.as_deref(), left.as_deref(), range)
+            .into_iter()
+            .map(|ends| ends.saturating_add(clock.offset))
+            .min_by_key(|ends| estimate.map_or(0, |e| ends.abs_diff(e)));
+        let off = |ends: i64| estimate.map_or(0, |e| ends.abs_diff(e));
+        let bearable = (SHORT / 2 + slept.unwrap_or(0) / 4).unsigned_abs();
+        match found {
+            Some(ends) if !same_clock || off(ends) <= bearable => timed(Some(ends)),
+            _ if same_clock && estimate.is_some() => timed(estimate),
+            _ => Ok(None),
+        }
     }
 
     /// The wait as found at the stop before, if this is still the same one: the
     /// process has gone to sleep just once since.
     fn remembered(&self) -> Option<Timed> {
         let (k, look) = (self.known?, self.look.as_ref()?);
-        (look.call.number == RESTART
+        let call = look.call?;
+        (call.number == RESTART
             && look.sched.voluntary_switches == k.voluntary_switches + 1
-            && (look.call.stack, look.call.instruction) == (k.stack, k.instruction))
+            && (call.stack, call.instruction) == (k.stack, k.instruction))
             .then_some(k.timed)
     }
 
@@ -206,22 +248,50 @@ impl Watch {
 }
 
 fn look(pid: i32) -> Option<Look> {
-    let call = InCall::read(pid).ok()??;
+    let call = InCall::read(pid).ok()?;
     let sched = Sched::read(pid).ok()?;
-    let place = match call.number {
+    let number = call.map_or(-1, |c| c.number);
+    let place = match number {
         RESTART => proc::text(pid, "wchan").unwrap_or_default(),
         _ => String::new(),
     };
-    Some(Look { call, sched, place })
+    let timers = [NANOSLEEP, CLOCK_NANOSLEEP, POLL, FUTEX, RESTART]
+        .contains(&number)
+        .then(timers::sleepers)
+        .flatten();
+    Some(Look {
+        call,
+        sched,
+        place,
+        timers,
+    })
 }
 
 /// Whether the process slept in the call of `regs` from the look to the stop.
 fn continuous(look: &Look, regs: &Regs, after: &Sched) -> bool {
-    look.call.number == regs.orig_rax as i64
-        && look.call.stack == regs.rsp
-        && look.call.instruction == regs.rip
-        && look.call.args == args_of(regs)
-        && after.voluntary_switches == look.sched.voluntary_switches + 1
+    look.call.is_some_and(|call| {
+        call.number == regs.orig_rax as i64
+            && call.stack == regs.rsp
+            && call.instruction == regs.rip
+            && call.args == args_of(regs)
+    }) && after.voluntary_switches == look.sched.voluntary_switches + 1
+}
+
+/// When the timers end that are not there any more without having ended: the
+/// sleep's own, and those of whoever else was woken early in the same moment.
+fn vanished(
+    before: Option<&[Sleeper]>,
+    after: Option<&[Sleeper]>,
+    range: std::ops::Range<i64>,
+) -> Vec<i64> {
+    let (Some(before), Some(after)) = (before, after) else {
+        return Vec::new();
+    };
+    before
+        .iter()
+        .filter(|t| range.contains(&t.ends) && !after.contains(t))
+        .map(|t| t.ends)
+        .collect()
 }
 
 fn args_of(r: &Regs) -> [u64; 6] {
@@ -476,21 +546,24 @@ mod tests {
             ..Regs::default()
         };
         let look = Look {
-            call: InCall {
+            call: Some(InCall {
                 number: NANOSLEEP,
                 args: args_of(&regs),
                 stack: 7,
                 instruction: 8,
-            },
+            }),
             sched: Sched {
                 exec_start: 1,
                 voluntary_switches: 4,
+                migrations: 0,
             },
             place: String::new(),
+            timers: None,
         };
         let after = |voluntary_switches| Sched {
             exec_start: 2,
             voluntary_switches,
+            migrations: 0,
         };
         assert!(continuous(&look, &regs, &after(5)));
         assert!(!continuous(&look, &regs, &after(6)));
