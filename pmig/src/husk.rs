@@ -10,7 +10,7 @@ use std::time::Duration;
 use crate::error::{Context, Error, Result};
 use crate::state::memory::{apply, steps, Layout, Vma, BOTTOM, PAGE, TOP};
 use crate::sys::ptrace::{self, Change};
-use crate::sys::spawn;
+use crate::sys::{pidfd, spawn};
 use crate::tracee::{Arg, Batch, RemoteAddr, Stopped};
 
 /// Memory of ours in the husk: the runner and its tables.
@@ -36,8 +36,9 @@ impl Husk {
         let image = spawn::husk_image().context("make", "the husk's image")?;
         let (gate, opener) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)
             .context("make", "a pipe to the husk")?;
-        let (pid, process) = spawn::husk(image.as_fd(), gate.as_fd(), cgroup, pid)
+        let pid = spawn::husk(image.as_fd(), gate.as_fd(), cgroup, pid)
             .context("make a process with pid", pid)?;
+        let process = pidfd::open(pid).context("open the husk", pid)?;
         let killer = KillOnDrop(&process);
         ptrace::seize(pid, ptrace::EXITKILL | ptrace::TRACESYSGOOD)
             .context("attach to the husk", pid)?;
@@ -232,7 +233,7 @@ struct KillOnDrop<'a>(&'a OwnedFd);
 
 impl Drop for KillOnDrop<'_> {
     fn drop(&mut self) {
-        crate::sys::pidfd::kill(self.0.as_fd());
+        pidfd::kill(self.0.as_fd());
     }
 }
 
@@ -321,6 +322,10 @@ mod tests {
         drop(husk);
         child.kill().unwrap();
         child.wait().unwrap();
-        let _ = nix::sys::wait::waitpid(nix::unistd::Pid::from_raw(pid), None);
+        // Whether dead or a zombie that nobody has reaped yet.
+        let state = || std::fs::read_to_string(format!("/proc/{pid}/stat"));
+        while state().is_ok_and(|s| !s.contains(") Z ")) {
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 }

@@ -129,6 +129,11 @@ impl Wire {
         Ok(())
     }
 
+    /// Reads whatever comes.
+    pub fn recv_some(&mut self, buf: &mut [u8]) -> Result<usize> {
+        self.link.read(buf).map_err(|e| self.broken(e))
+    }
+
     fn broken(&self, cause: io::Error) -> Error {
         let cause = match cause.kind() {
             io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {

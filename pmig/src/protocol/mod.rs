@@ -2,6 +2,7 @@
 
 pub mod fate;
 mod frame;
+pub mod message;
 pub mod preface;
 
 pub use frame::{Wire, MAX_MESSAGE};

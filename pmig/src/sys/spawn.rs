@@ -1,7 +1,7 @@
 //! A new process that shares nothing with its maker.
 
 use std::ffi::c_char;
-use std::io;
+use std::io::{self, Read};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use super::runner;
@@ -23,7 +23,6 @@ struct CloneArgs {
     cgroup: u64,
 }
 
-const CLONE_PIDFD: u64 = 0x1000;
 const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 const CLONE_CLEAR_SIGHAND: u64 = 0x1_0000_0000;
 const CLOSE_RANGE_UNSHARE: u32 = 2;
@@ -80,10 +79,11 @@ pub fn husk_image() -> io::Result<OwnedFd> {
     Ok(file.into())
 }
 
-/// Makes a child with the given PID (0: any) in the given cgroup, in a session
-/// of its own, without descriptors, with default signal actions, which waits
-/// until a byte comes (or the end) on `gate` and then executes `image`.
-/// Returns the child's PID and a descriptor for it.
+/// Makes a process with the given PID (0: any) in the given cgroup, in a
+/// session of its own, without descriptors, with default signal actions, which
+/// waits until a byte comes on `gate` and then executes `image`. Its parent is
+/// the reaper of orphans, so that the end of no pmig is its parent's end.
+/// Returns its PID.
 ///
 /// # Errors
 ///
@@ -94,12 +94,10 @@ pub fn husk(
     gate: BorrowedFd<'_>,
     cgroup: Option<BorrowedFd<'_>>,
     pid: i32,
-) -> io::Result<(i32, OwnedFd)> {
-    let mut pidfd = -1i32;
+) -> io::Result<i32> {
     let set_tid = [pid];
     let mut args = CloneArgs {
-        flags: CLONE_PIDFD | CLONE_CLEAR_SIGHAND,
-        pidfd: &raw mut pidfd as u64,
+        flags: CLONE_CLEAR_SIGHAND,
         exit_signal: libc::SIGCHLD as u64,
         ..CloneArgs::default()
     };
@@ -112,18 +110,59 @@ pub fn husk(
         args.cgroup = fd.as_raw_fd() as u64;
     }
     let (image, gate) = (image.as_raw_fd(), gate.as_raw_fd());
-    // SAFETY: without CLONE_VM the child has its own copy of memory. It makes
-    // only raw system calls, none of which allocates or takes a lock, and
-    // never returns.
+    let (hear, say) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)?;
+    let mut hear = std::fs::File::from(hear);
+    let tell = say.as_raw_fd();
+    let mut between = CloneArgs {
+        exit_signal: libc::SIGCHLD as u64,
+        ..CloneArgs::default()
+    };
+    // SAFETY: without CLONE_VM both children have their own copy of memory.
+    // They make only raw system calls, none of which allocates or takes a
+    // lock, and never return.
+    let first = unsafe {
+        let r = clone3(&mut between);
+        if r == 0 {
+            let r = clone3(&mut args);
+            if r == 0 {
+                child(image, gate)
+            }
+            let answer = r as i32;
+            libc::syscall(libc::SYS_write, tell, &raw const answer, 4usize);
+            libc::syscall(libc::SYS_exit_group, 0);
+        }
+        r
+    };
+    drop(say);
+    if first < 0 {
+        return Err(io::Error::from_raw_os_error(-first as i32));
+    }
+    let mut answer = [0; 4];
+    let heard = hear.read_exact(&mut answer);
+    let mut status = 0;
+    // SAFETY: status is a live int.
+    unsafe { libc::waitpid(first as i32, &mut status, libc::__WALL) };
+    heard?;
+    match i32::from_ne_bytes(answer) {
+        e if e < 0 => Err(io::Error::from_raw_os_error(-e)),
+        pid => Ok(pid),
+    }
+}
+
+/// clone3(2) with the error as a negative result.
+///
+/// # Safety
+///
+/// In the child nothing of the parent's may be relied on but its memory.
+unsafe fn clone3(args: &mut CloneArgs) -> i64 {
+    // SAFETY: the struct lives for the call; the rest is the caller's promise.
     unsafe {
-        let r = libc::syscall(libc::SYS_clone3, &raw mut args, size_of::<CloneArgs>());
+        let r = libc::syscall(libc::SYS_clone3, args as *mut _, size_of::<CloneArgs>());
         if r < 0 {
-            return Err(io::Error::last_os_error());
+            -(*libc::__errno_location() as i64)
+        } else {
+            r
         }
-        if r > 0 {
-            return Ok((r as i32, OwnedFd::from_raw_fd(pidfd)));
-        }
-        child(image, gate)
     }
 }
 

@@ -5,7 +5,8 @@ mod ranges;
 mod track;
 
 pub use layout::{
-    apply, file_of, preflight, steps, Backing, Layout, MappedFile, Step, Vma, BOTTOM, PAGE, TOP,
+    apply, file_of, preflight, resident, steps, Backing, Kernel, Layout, MappedFile, Step, Vma,
+    BOTTOM, PAGE, TOP,
 };
 pub use ranges::Ranges;
 pub use track::{Found, Tracker};

@@ -12,7 +12,7 @@ use std::os::unix::fs::FileExt;
 use nix::sys::uio::{process_vm_readv, RemoteIoVec};
 use nix::unistd::Pid;
 
-use super::layout::{steps, Layout, Step, Vma, PAGE};
+use super::layout::{steps, Backing, Layout, Step, Vma, PAGE};
 use super::ranges::Ranges;
 use crate::error::{Context, Error, Result};
 use crate::sys::pagemap::{category, scan, Query};
@@ -351,6 +351,14 @@ impl Tracker {
                 "it cannot be read",
             )),
         }
+    }
+
+    /// Whether a page of nothing there is a page of zeros.
+    pub fn is_anonymous(&self, at: u64) -> bool {
+        let n = self.layout.vmas.partition_point(|v| v.end <= at);
+        self.layout.vmas.get(n).is_some_and(|v| {
+            v.start <= at && matches!(v.backing, Backing::Anonymous | Backing::Droppable)
+        })
     }
 
     /// Whether the target has something other than nothing there.

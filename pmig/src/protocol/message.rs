@@ -1,0 +1,121 @@
+//! The messages of a migration.
+//!
+//! ```text
+//! source                               target
+//!   Hello ------------------------------>      preflight
+//!         <---------------- Accepted | Refused
+//!   Ping  ------------------------------>      any time before Final
+//!         <------------------------- Pong
+//!   Build ------------------------------>      the husk, its files opened
+//!         <------------------------ Built
+//!   Files ------------------------------>      if there are new ones
+//!         <------------------------- Ship
+//!   Layout, Pages, Drops, Block, PassEnd >     any number, then
+//!   RoundEnd --------------------------->
+//!         <-------------------- RoundDone
+//!      (the program is stopped)
+//!   Layout, Pages, Drops, Block, Final ->      the rest
+//!         <------------------------ Ready      only a thaw is left
+//!      (COMMITTING is recorded)
+//!   Commit ----------------------------->      COMMITTED is recorded, thaw
+//!         <-------------------- Committed
+//! ```
+//!
+//! Instead of any answer the target may say Refused or Failed, and closes.
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::Obstacle;
+use crate::id::{Id, Secret};
+use crate::image::{Final, Preview};
+use crate::journal::Order;
+use crate::state::clock::Reading;
+use crate::state::files::FileSet;
+use crate::state::memory::Layout;
+
+/// The most bytes of content that follow one message.
+pub const MAX_RAW: usize = 1 << 20;
+
+/// From the source.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum ToTarget {
+    Hello(Box<Hello>),
+    Ping,
+    Build,
+    Layout(Layout),
+    /// Runs of pages, first address and bytes; their content follows.
+    Pages(Vec<(u64, u32)>),
+    /// Runs of pages that are gone.
+    Drops(Vec<(u64, u64)>),
+    /// A piece of a shipped file; its content follows.
+    Block {
+        file: u32,
+        offset: u64,
+        len: u32,
+    },
+    /// A pass over a file is over; it has this size.
+    PassEnd {
+        file: u32,
+        size: u64,
+    },
+    /// The files of the program, when there are new ones.
+    Files(FileSet),
+    RoundEnd,
+    Final(Box<Final>),
+    Commit(Order),
+}
+
+/// The first message.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Hello {
+    pub id: Id,
+    pub secret: Secret,
+    /// Only to know whether it could move.
+    pub ask_only: bool,
+    /// Whether files may be carried over.
+    pub ship: bool,
+    pub preview: Preview,
+}
+
+/// From the target.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum ToSource {
+    Accepted(Accepted),
+    Refused(Vec<Obstacle>),
+    Pong(Reading),
+    /// Files that are to be sent, by their place in the list of files; each is
+    /// known from then on by how many were asked for before it.
+    Ship(Vec<u32>),
+    Built,
+    RoundDone,
+    /// Times in nanoseconds.
+    Ready(Ready),
+    Committed {
+        /// The target's clock right after the thaw.
+        at: Reading,
+    },
+    /// What went wrong there, as text.
+    Failed(String),
+}
+
+/// What the source learns of a target that takes the process.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Accepted {
+    pub host: String,
+    pub kernel: String,
+    /// How the PCB is restored there.
+    pub pcb: String,
+    /// As [`ToSource::Ship`].
+    pub ship: Vec<u32>,
+    /// What will not be exactly as it was, for people.
+    pub notes: Vec<String>,
+}
+
+/// Where the time went at the target, in nanoseconds.
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
+pub struct Ready {
+    pub memory: u64,
+    pub descriptors: u64,
+    pub pcb: u64,
+    pub hold: u64,
+}

@@ -1,0 +1,736 @@
+//! The source's run: a list of phases, readable from top to bottom in
+//! [`migrate`].
+//!
+//! Until [`Run::commit`] every way out leaves the program running here as if
+//! nothing had happened: the guards that hold it ([`Stopped`], [`Hold`]) let it
+//! go when they are dropped, and the keeper does it when this process dies.
+//! From the commit on the records decide.
+
+mod files;
+mod send;
+
+use std::time::{Duration, Instant};
+
+use crate::error::{Context, Error, Obstacle, Result};
+use crate::fault::{self, Role};
+use crate::hold::{self, Frozen, Hold};
+use crate::id::{Id, Secret};
+use crate::image::{Final, Preview};
+use crate::interrupt;
+use crate::journal::{Armed, Committing, Lost, New, Stage};
+use crate::keeper::Keeper;
+use crate::lineage;
+use crate::phase::Phase;
+use crate::protocol::message::{Accepted, Hello, Ready, ToSource, ToTarget};
+use crate::protocol::{preface, Wire};
+use crate::report::{Event, Facts, Failure, Freeze, Outcome, Progress, Summary};
+use crate::resolve::{self, Now};
+use crate::state::clock::{self, Clock, Difference, Reading};
+use crate::state::fd::{Beat, Watch as FdWatch};
+use crate::state::memory::{self, Kernel, Layout, Tracker, PAGE};
+use crate::state::objects;
+use crate::state::paths::FilePath;
+use crate::state::pcb::{self, Backend, CaptureContext, MachineFacts, PcbChoice};
+use crate::state::restart::{ProgramClock, Watch as RestartWatch};
+use crate::tracee::{Ground, Stopped};
+use crate::transport::{self, Addr};
+use files::SourceFiles;
+
+/// How long the target may take to answer while nothing stands still.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// The same while the program stands still, before the commit.
+const FROZEN_PATIENCE: Duration = Duration::from_secs(8);
+/// How long the fate is asked for before a person has to.
+const FATE_PATIENCE: Duration = Duration::from_secs(30);
+/// Rounds of the copy, at most.
+const MOST_ROUNDS: u32 = 30;
+/// Questions by which the clocks are compared.
+const PINGS: usize = 8;
+
+/// What the person who migrates can choose.
+#[derive(Debug, Clone)]
+pub struct Options {
+    pub pcb: PcbChoice,
+    /// Carry over files that are missing at the target or open for writing.
+    pub ship: bool,
+    /// How long the program may stand still for the last pages.
+    pub max_freeze: Duration,
+}
+
+/// Moves a process to the pmig at `addr`.
+///
+/// # Errors
+///
+/// [`Failure`] says what went wrong and where the program is now.
+pub fn migrate(
+    pid: i32,
+    addr: &Addr,
+    options: &Options,
+    progress: &mut dyn Progress,
+) -> std::result::Result<Summary, Failure> {
+    let begun = Instant::now();
+    let never = |error| match error {
+        Error::Gone(_) => Failure {
+            error,
+            outcome: Outcome::Ended,
+        },
+        error => Failure {
+            error,
+            outcome: Outcome::NeverStopped,
+        },
+    };
+    let mut run = Run::hello(pid, addr, options, progress, false).map_err(never)?;
+    let mut building = run.build().map_err(never)?;
+    if let Err(error) = run.copy(&mut building) {
+        return Err(run.give_up(building, error, None));
+    }
+    let stopped_at = Instant::now();
+    let frozen = match run.freeze(&mut building) {
+        Ok(frozen) => frozen,
+        Err(error) => return Err(run.give_up(building, error, Some(stopped_at))),
+    };
+    let committing = match run.ready(&mut building, &frozen) {
+        Ok(committing) => committing,
+        Err(error) => return Err(run.thaw(building, frozen, error, stopped_at)),
+    };
+    // The point of no return. What fails from here on is no longer undone by
+    // anything but the target's own word.
+    let resumed = run.commit(&committing);
+    run.release(building, frozen, committing, resumed, begun)
+}
+
+/// Whether a process could move, and what stands in its way.
+///
+/// # Errors
+///
+/// The process or the target cannot be looked at.
+pub fn ask(pid: i32, addr: &Addr, options: &Options) -> Result<Vec<Obstacle>> {
+    match Run::hello(pid, addr, options, &mut crate::report::Silent, true) {
+        Ok(_) => Ok(Vec::new()),
+        Err(Error::Refused(obstacles)) => Ok(obstacles),
+        Err(e) => Err(e),
+    }
+}
+
+/// Everything that can be said without a target.
+pub fn preflight(pid: i32) -> Result<Vec<Obstacle>> {
+    let mut all = pcb::preflight(pid)?;
+    if nix::unistd::getpgid(Some(nix::unistd::Pid::from_raw(pid))).is_err() {
+        return Err(Error::Gone(pid));
+    }
+    for room in [memory::preflight, objects::preflight, hold::preflight] {
+        match room(pid) {
+            Ok(obstacles) => all.extend(obstacles),
+            // What has other obstacles may not let itself be looked at.
+            Err(e) if all.is_empty() => return Err(e),
+            Err(_) => {}
+        }
+    }
+    Ok(all)
+}
+
+struct Run<'a> {
+    pid: i32,
+    addr: &'a Addr,
+    options: &'a Options,
+    progress: &'a mut dyn Progress,
+    wire: Wire,
+    id: Id,
+    secret: Secret,
+    backend: Backend,
+    accepted: Accepted,
+    preview: Preview,
+    files: SourceFiles,
+    descriptors: FdWatch,
+    difference: Difference,
+    rounds: u32,
+    freeze: Freeze,
+    /// For the freeze's parts.
+    lap: Instant,
+    stopped_at: Option<Reading>,
+}
+
+/// What exists from the build on, and must be undone.
+struct Building {
+    armed: Armed,
+    keeper: Keeper,
+    hold: Option<Hold>,
+    tracker: Tracker,
+    ground: Option<Ground>,
+    restart: RestartWatch,
+    last: Option<Stopped>,
+}
+
+impl<'a> Run<'a> {
+    /// Looks at the process, and asks the target whether it would take it.
+    fn hello(
+        pid: i32,
+        addr: &'a Addr,
+        options: &'a Options,
+        progress: &'a mut dyn Progress,
+        ask_only: bool,
+    ) -> Result<Run<'a>> {
+        progress.event(&Event::Phase {
+            phase: Phase::Hello,
+        });
+        let begun = Instant::now();
+        let obstacles = preflight(pid)?;
+        if !obstacles.is_empty() {
+            return Err(Error::Refused(obstacles));
+        }
+        let backend = Backend::choose(options.pcb)?;
+        let mut descriptors = FdWatch::new(pid)?;
+        let table = descriptors.look(Beat::Running)?;
+        let layout = Layout::capture(pid, &[])?;
+        let exe = std::fs::read_link(format!("/proc/{pid}/exe"))
+            .context("read the executable of", pid)?;
+        let exe = FilePath::new(exe.into_os_string().into_encoded_bytes())?;
+        let mut files = SourceFiles::new(pid)?;
+        files.note(&exe, &layout, &table)?;
+        let preview = Preview {
+            machine: MachineFacts::here()?,
+            kernel: Kernel::here()?,
+            needs: pcb::needs(pid)?,
+            comm: comm(pid)?,
+            exe,
+            bytes: memory::resident(pid)?,
+            layout,
+            descriptors: table,
+            files: files.describe()?,
+            lineage: lineage::of(pid)?,
+        };
+        let mut link = transport::connect(addr).map_err(|cause| Error::Link {
+            peer: addr.to_string(),
+            cause,
+        })?;
+        preface::open(&mut *link, preface::Kind::Migration)?;
+        let mut wire = Wire::new(link);
+        wire.set_deadline(PATIENCE)?;
+        fault::point(Phase::Hello, Role::Source, || wire.link().cut());
+        let (id, secret) = (Id::random()?, Secret::random()?);
+        wire.send(&ToTarget::Hello(Box::new(Hello {
+            id,
+            secret: secret.clone(),
+            ask_only,
+            ship: options.ship,
+            preview: preview.clone(),
+        })))?;
+        let accepted = match answer(&mut wire)? {
+            ToSource::Accepted(accepted) => accepted,
+            other => return Err(unexpected(&wire, &other)),
+        };
+        progress.event(&Event::Facts(Facts {
+            id: id.to_string(),
+            pid,
+            comm: preview.comm.clone(),
+            processes: 1,
+            threads: 1,
+            bytes: preview.bytes,
+            files: preview.descriptors.holders.len() as u32,
+            from: preview.machine.host.clone(),
+            to: accepted.host.clone(),
+            kernel_from: preview.machine.kernel.clone(),
+            kernel_to: accepted.kernel.clone(),
+            pcb: backend.name().into(),
+            tracking: String::new(),
+        }));
+        for text in &accepted.notes {
+            progress.event(&Event::Note { text: text.clone() });
+        }
+        files.plan(&accepted.ship)?;
+        let mut run = Run {
+            pid,
+            addr,
+            options,
+            progress,
+            wire,
+            id,
+            secret,
+            backend,
+            accepted,
+            preview,
+            files,
+            descriptors,
+            difference: Difference::default(),
+            rounds: 0,
+            freeze: Freeze::default(),
+            lap: Instant::now(),
+            stopped_at: None,
+        };
+        if !ask_only {
+            run.compare_clocks()?;
+        }
+        run.ended(Phase::Hello, "accepted".into(), begun);
+        Ok(run)
+    }
+
+    /// Has the husk built, and gets everything ready that may outlive us.
+    fn build(&mut self) -> Result<Building> {
+        let begun = self.begin(Phase::Build);
+        fault::point(Phase::Build, Role::Source, || self.wire.link().cut());
+        self.wire.send(&ToTarget::Build)?;
+        let hold = Hold::beside(self.pid, self.id)?;
+        let armed = Armed::arm(New {
+            id: self.id,
+            secret: self.secret.clone(),
+            pid: self.pid,
+            comm: self.preview.comm.clone(),
+            peer: self.accepted.host.clone(),
+            addr: Some(self.addr.clone()),
+            place: hold.place().clone(),
+        })?;
+        let mut keeper = Keeper::start(&armed)?;
+        let mut restart = RestartWatch::new();
+        let prepared = (|| {
+            keeper.enter(Phase::Build)?;
+            hold.take(self.pid)?;
+            let ground = Ground::survey(self.pid)?;
+            restart.before(self.pid);
+            keeper.stopped()?;
+            let mut stopped = Stopped::seize(self.pid)?.on(ground.clone());
+            restart.stopped(&stopped, self.program_clock()?)?;
+            let tracker = Tracker::attach(&mut stopped)?;
+            stopped.settle()?;
+            restart.going_on(&mut stopped)?;
+            stopped.detach()?;
+            keeper.running()?;
+            match answer(&mut self.wire)? {
+                ToSource::Built => Ok((ground, tracker)),
+                other => Err(unexpected(&self.wire, &other)),
+            }
+        })();
+        let (ground, tracker) = match prepared {
+            Ok(all) => all,
+            Err(error) => {
+                abandon(&armed, keeper, Some(hold), &error);
+                return Err(error);
+            }
+        };
+        if !tracker.tracks() {
+            self.progress.event(&Event::Note {
+                text: "this kernel cannot tell which pages are written: all memory is copied \
+                       while the program stands still"
+                    .into(),
+            });
+        }
+        let what = format!(
+            "{} mappings, {} descriptors",
+            self.preview.layout.vmas.len(),
+            self.preview.descriptors.holders.len()
+        );
+        self.ended(Phase::Build, what, begun);
+        Ok(Building {
+            armed,
+            keeper,
+            hold: Some(hold),
+            tracker,
+            ground: Some(ground),
+            restart,
+            last: None,
+        })
+    }
+
+    /// Copies memory and files while the program runs, until what is left fits
+    /// the freeze.
+    fn copy(&mut self, b: &mut Building) -> Result<()> {
+        let begun = self.begin(Phase::Copy);
+        b.keeper.enter(Phase::Copy)?;
+        let mut smallest = u64::MAX;
+        let mut worse = 0;
+        let mut last_look = None;
+        loop {
+            let looked = Instant::now();
+            let found = b.tracker.look()?;
+            let table = self.descriptors.look(Beat::Running)?;
+            self.sync_files(&b.tracker.layout, &table)?;
+            let bytes = found.bytes();
+            // What was written since the last look, over that time.
+            let dirty_rate =
+                last_look.map(|then: Instant| send::per_second(bytes, looked.duration_since(then)));
+            last_look = Some(looked);
+            self.rounds += 1;
+            let rate = self.round(&mut b.tracker, &found, dirty_rate)?;
+            fault::point(Phase::Copy, Role::Source, || self.wire.link().cut());
+            if !b.tracker.tracks() {
+                break;
+            }
+            let budget = (rate as f64 * self.options.max_freeze.as_secs_f64() / 2.0) as u64;
+            if self.rounds > 1 && bytes <= budget.max(16 * PAGE) {
+                break;
+            }
+            // Rounds that do not shrink lead nowhere.
+            worse = if bytes as f64 > smallest as f64 * 0.9 {
+                worse + 1
+            } else {
+                0
+            };
+            smallest = smallest.min(bytes);
+            if worse >= 3 || self.rounds >= MOST_ROUNDS {
+                self.progress.event(&Event::Note {
+                    text: format!(
+                        "the program writes as fast as the link carries; the rest, {}, is copied \
+                         while it stands still",
+                        size(bytes)
+                    ),
+                });
+                break;
+            }
+        }
+        self.compare_clocks()?;
+        self.descriptors.recheck_pipes()?;
+        self.ended(Phase::Copy, format!("{} rounds", self.rounds), begun);
+        Ok(())
+    }
+
+    /// Stops the program and sends all that is left. It stands still from here
+    /// on, held by its cgroup.
+    fn freeze(&mut self, b: &mut Building) -> Result<Frozen> {
+        self.begin(Phase::Freeze);
+        interrupt::check()?;
+        b.keeper.enter(Phase::Freeze)?;
+        b.restart.before(self.pid);
+        let clock = self.program_clock()?;
+        self.wire.set_deadline(FROZEN_PATIENCE)?;
+        b.keeper.stopped()?;
+        self.lap = Instant::now();
+        let before = self.wire.sent;
+        self.stopped_at = Some(Reading::now());
+        let mut stopped = Stopped::seize(self.pid)?;
+        if let Some(ground) = b.ground.take() {
+            stopped = stopped.on(ground);
+        }
+        b.restart.stopped(&stopped, clock)?;
+        let clock_there = Clock::capture(self.pid, self.difference.value())?;
+        self.part("stop");
+        fault::point(Phase::Freeze, Role::Source, || self.wire.link().cut());
+
+        let found = b.tracker.last_look()?;
+        self.part("scan");
+        let descriptors = self.descriptors.look(Beat::Stopped)?;
+        self.sync_files(&b.tracker.layout, &descriptors)?;
+        self.part("descriptors");
+        self.send_layout(&b.tracker, &found)?;
+        self.send_pages(&mut b.tracker, &found, &mut |_, _| Ok(()))?;
+        b.tracker.owes()?;
+        self.part("pages");
+
+        let context = CaptureContext {
+            watch: &b.restart,
+            clock: self.program_clock()?,
+        };
+        let pcb = self.backend.capture(&mut stopped, &context)?;
+        self.part("pcb");
+
+        let shipped = self.files.last_pass(&mut self.wire)?;
+        self.part("files");
+        self.wire
+            .send(&ToTarget::Final(Box::new(Final {
+                pcb,
+                descriptors,
+                shipped,
+                clock: clock_there,
+            })))
+            .map_err(|e| self.better(e))?;
+
+        stopped.settle()?;
+        let hold = b
+            .hold
+            .take()
+            .ok_or_else(|| Error::bad("migration", "the program is held by nobody"))?;
+        let frozen = hold.freeze(hold::PATIENCE)?;
+        // From here on its cgroup holds it, whatever becomes of us.
+        b.restart.going_on(&mut stopped)?;
+        if let Err(e) = stopped.detach() {
+            b.hold = Some(frozen.thaw()?);
+            return Err(e);
+        }
+        self.part("hold");
+        self.freeze.pages = found.bytes() / PAGE;
+        self.freeze.bytes = self.wire.sent - before;
+        Ok(frozen)
+    }
+
+    /// Waits until only a thaw is left to be done at the target.
+    fn ready(&mut self, b: &mut Building, _held: &Frozen) -> Result<Committing> {
+        self.begin(Phase::Ready);
+        b.keeper.enter(Phase::Ready)?;
+        let there = match answer(&mut self.wire)? {
+            ToSource::Ready(there) => there,
+            other => return Err(unexpected(&self.wire, &other)),
+        };
+        self.wait_in_parts(there);
+        fault::point(Phase::Ready, Role::Source, || self.wire.link().cut());
+        interrupt::check()?;
+        b.keeper.enter(Phase::Commit)?;
+        b.armed.commit().map_err(|lost| match lost {
+            Lost::Aborted { why } => Error::bad("migration", format!("was aborted: {why}")),
+            Lost::Failed(e) => e,
+        })
+    }
+
+    /// Sends the order to let it run, and hears when it does.
+    fn commit(&mut self, committing: &Committing) -> Result<Reading> {
+        self.begin(Phase::Commit);
+        self.wire.send(&ToTarget::Commit(committing.order()))?;
+        fault::point(Phase::Commit, Role::Source, || self.wire.link().cut());
+        match answer(&mut self.wire)? {
+            ToSource::Committed { at } => Ok(at),
+            other => Err(unexpected(&self.wire, &other)),
+        }
+    }
+
+    /// The copy here goes, if it runs there.
+    fn release(
+        &mut self,
+        mut b: Building,
+        frozen: Frozen,
+        committing: Committing,
+        resumed: Result<Reading>,
+        begun: Instant,
+    ) -> std::result::Result<Summary, Failure> {
+        self.begin(Phase::Release);
+        let _ = b.keeper.enter(Phase::Release);
+        fault::point(Phase::Release, Role::Source, || self.wire.link().cut());
+        let id = self.id.to_string();
+        let at = match resumed {
+            Ok(at) => Some(at),
+            Err(error) => {
+                drop(frozen);
+                let keeper = &mut b.keeper;
+                let tick = || {
+                    let _ = keeper.alive();
+                };
+                let outcome =
+                    match resolve::finish(&b.armed, "the answer was lost", FATE_PATIENCE, tick) {
+                        Ok(Now::Moved) => None,
+                        Ok(Now::RunsHere) => Some(Outcome::RunsOn {
+                            stopped: self.lap.elapsed(),
+                        }),
+                        Ok(Now::Ended) => Some(Outcome::Ended),
+                        Ok(Now::Held { .. } | Now::Rebooted) | Err(_) => {
+                            Some(Outcome::Unresolved { id: id.clone() })
+                        }
+                    };
+                if let Some(outcome) = outcome {
+                    if !matches!(outcome, Outcome::Unresolved { .. }) {
+                        b.keeper.done();
+                    }
+                    return Err(Failure { error, outcome });
+                }
+                b.keeper.done();
+                return Ok(self.summary(id, begun, None));
+            }
+        };
+        let summary = self.summary(id.clone(), begun, at);
+        if let Err(error) = self.files.left_behind(&self.preview.lineage) {
+            self.progress.event(&Event::Note {
+                text: format!("what was left behind could not be noted: {error}"),
+            });
+        }
+        if let Err(error) = committing.release(frozen) {
+            return Err(Failure {
+                error,
+                outcome: Outcome::Moved { id },
+            });
+        }
+        b.keeper.done();
+        self.progress.event(&Event::Done(summary.clone()));
+        Ok(summary)
+    }
+
+    fn summary(&mut self, id: String, begun: Instant, at: Option<Reading>) -> Summary {
+        if let (Some(at), Some(stopped)) = (at, self.stopped_at) {
+            let here = at.minus(self.difference.value());
+            let total = here.minus(stopped).monotonic.max(0) as u64;
+            self.freeze.total = Duration::from_nanos(total);
+            let known: Duration = self.freeze.parts.iter().map(|p| p.time).sum();
+            self.freeze
+                .add("resume", self.freeze.total.saturating_sub(known));
+        }
+        Summary {
+            id,
+            pid: self.pid,
+            comm: self.preview.comm.clone(),
+            to: self.accepted.host.clone(),
+            total: begun.elapsed(),
+            bytes_sent: self.wire.sent,
+            rounds: self.rounds,
+            freeze: self.freeze.clone(),
+        }
+    }
+
+    /// Before anything is decided: lets the program go on here.
+    fn give_up(&mut self, mut b: Building, error: Error, since: Option<Instant>) -> Failure {
+        drop(b.last.take());
+        let outcome = match (&error, since) {
+            (Error::Gone(_), _) => Outcome::Ended,
+            (_, Some(at)) => Outcome::RunsOn {
+                stopped: at.elapsed(),
+            },
+            (_, None) => Outcome::NeverStopped,
+        };
+        abandon(&b.armed, b.keeper, b.hold, &error);
+        Failure { error, outcome }
+    }
+
+    /// The same when its cgroup holds it.
+    fn thaw(&mut self, b: Building, frozen: Frozen, error: Error, since: Instant) -> Failure {
+        match b.armed.abort(&error.to_string()) {
+            Ok(Stage::Aborted(..)) => {}
+            // Whoever decided otherwise knew why; the records say what to do.
+            Ok(_) | Err(_) => {
+                drop(frozen);
+                let finished = resolve::finish(&b.armed, "undecided", FATE_PATIENCE, || {});
+                let outcome = match finished {
+                    Ok(Now::RunsHere) => Outcome::RunsOn {
+                        stopped: since.elapsed(),
+                    },
+                    Ok(Now::Ended) => Outcome::Ended,
+                    Ok(Now::Moved) => Outcome::Moved {
+                        id: self.id.to_string(),
+                    },
+                    _ => Outcome::Unresolved {
+                        id: self.id.to_string(),
+                    },
+                };
+                return Failure { error, outcome };
+            }
+        }
+        match frozen.thaw() {
+            Ok(hold) => {
+                let stopped = since.elapsed();
+                abandon(&b.armed, b.keeper, Some(hold), &error);
+                Failure {
+                    error,
+                    outcome: Outcome::RunsOn { stopped },
+                }
+            }
+            // The keeper tries again.
+            Err(_) => Failure {
+                error,
+                outcome: Outcome::Unresolved {
+                    id: self.id.to_string(),
+                },
+            },
+        }
+    }
+
+    /// The target may have said why, before it closed.
+    fn better(&mut self, error: Error) -> Error {
+        if !matches!(error, Error::Link { .. }) {
+            return error;
+        }
+        let _ = self.wire.set_deadline(Duration::from_secs(1));
+        for _ in 0..4 {
+            match answer(&mut self.wire) {
+                Err(e @ (Error::Peer { .. } | Error::Refused(_))) => return e,
+                Err(_) => break,
+                Ok(_) => {}
+            }
+        }
+        error
+    }
+
+    fn compare_clocks(&mut self) -> Result<()> {
+        self.difference = Difference::default();
+        for _ in 0..PINGS {
+            let before = Reading::now();
+            self.wire.send(&ToTarget::Ping)?;
+            match answer(&mut self.wire)? {
+                ToSource::Pong(theirs) => self.difference.add(before, theirs, Reading::now()),
+                other => return Err(unexpected(&self.wire, &other)),
+            }
+        }
+        Ok(())
+    }
+
+    fn program_clock(&self) -> Result<ProgramClock> {
+        Ok(ProgramClock {
+            offset: clock::ahead(self.pid)?.monotonic,
+        })
+    }
+
+    fn begin(&mut self, phase: Phase) -> Instant {
+        self.progress.event(&Event::Phase { phase });
+        Instant::now()
+    }
+
+    fn ended(&mut self, phase: Phase, what: String, begun: Instant) {
+        self.progress.event(&Event::Ended {
+            phase,
+            what,
+            elapsed: begun.elapsed(),
+        });
+    }
+
+    fn part(&mut self, name: &'static str) {
+        let now = Instant::now();
+        self.freeze.add(name, now.duration_since(self.lap));
+        self.lap = now;
+    }
+
+    /// Divides the wait for Ready into the target's own work and the wire.
+    fn wait_in_parts(&mut self, there: Ready) {
+        let waited = self.lap.elapsed();
+        self.lap = Instant::now();
+        let mut left = waited;
+        for (name, ns) in [
+            ("pages", there.memory),
+            ("descriptors", there.descriptors),
+            ("pcb", there.pcb),
+            ("hold", there.hold),
+        ] {
+            let part = Duration::from_nanos(ns).min(left);
+            left -= part;
+            self.freeze.add(name, part);
+        }
+        self.freeze.add("wire", left);
+    }
+}
+
+/// Lets the program go on, and tells whoever has to know.
+fn abandon(armed: &Armed, keeper: Keeper, hold: Option<Hold>, why: &Error) {
+    let aborted = armed.abort(&why.to_string());
+    if let Some(hold) = hold {
+        if let Err(e) = hold.release() {
+            tracing::warn!("the cgroup made for the migration stays: {e}");
+        }
+    }
+    if aborted.is_ok() {
+        if let Err(e) = armed.settle() {
+            tracing::warn!("the record of the migration stays open: {e}");
+        }
+    }
+    keeper.done();
+}
+
+/// Hears an answer; a failure there is an error here.
+fn answer(wire: &mut Wire) -> Result<ToSource> {
+    match wire.recv()? {
+        ToSource::Refused(obstacles) => Err(Error::Refused(obstacles)),
+        ToSource::Failed(what) => Err(Error::Peer {
+            host: wire.peer(),
+            what: crate::error::printable(&what),
+        }),
+        other => Ok(other),
+    }
+}
+
+fn unexpected(wire: &Wire, message: &ToSource) -> Error {
+    let text: String = format!("{message:?}").chars().take(40).collect();
+    Error::bad(wire.peer(), format!("answers out of turn: {text}"))
+}
+
+fn comm(pid: i32) -> Result<String> {
+    let path = format!("/proc/{pid}/comm");
+    let text = std::fs::read(&path).context("read", &path)?;
+    Ok(String::from_utf8_lossy(&text).trim_end_matches('\n').into())
+}
+
+fn size(bytes: u64) -> String {
+    match bytes {
+        0..=9_999 => format!("{bytes} bytes"),
+        10_000..=9_999_999 => format!("{} kB", bytes / 1000),
+        _ => format!("{} MB", bytes / 1_000_000),
+    }
+}

@@ -1,0 +1,159 @@
+//! Memory on its way to the target.
+
+use std::ops::Range;
+use std::time::{Duration, Instant};
+
+use super::{answer, unexpected, Run};
+use crate::error::Result;
+use crate::interrupt;
+use crate::protocol::message::{ToSource, ToTarget, MAX_RAW};
+use crate::report::{Event, Round};
+use crate::state::memory::{Found, Tracker, PAGE};
+
+impl Run<'_> {
+    /// One round; returns its rate in bytes per second.
+    pub(super) fn round(
+        &mut self,
+        tracker: &mut Tracker,
+        found: &Found,
+        dirty_rate: Option<u64>,
+    ) -> Result<u64> {
+        let started = Instant::now();
+        let mut shown = started;
+        let of = found.bytes() + self.files.pending();
+        let round = |sent: u64, now: Instant, n: u32| {
+            let elapsed = now.duration_since(started);
+            let rate = per_second(sent, elapsed);
+            Round {
+                round: n,
+                pages: of / PAGE,
+                bytes: sent,
+                of,
+                elapsed,
+                rate,
+                dirty_rate,
+                eta: (rate > 0)
+                    .then(|| Duration::from_secs_f64(of.saturating_sub(sent) as f64 / rate as f64)),
+            }
+        };
+        let mut sent = 0;
+        self.send_layout(tracker, found)?;
+        let n = self.rounds;
+        self.send_pages(tracker, found, &mut |run, bytes| {
+            sent += bytes;
+            interrupt::check()?;
+            let now = Instant::now();
+            if now.duration_since(shown) > Duration::from_millis(200) {
+                shown = now;
+                run.progress.event(&Event::Round(round(sent, now, n)));
+            }
+            Ok(())
+        })?;
+        sent += self.files.pass(&mut self.wire)?;
+        self.wire
+            .send(&ToTarget::RoundEnd)
+            .map_err(|e| self.better(e))?;
+        match answer(&mut self.wire)? {
+            ToSource::RoundDone => {}
+            other => return Err(unexpected(&self.wire, &other)),
+        }
+        let ended = round(sent, Instant::now(), n);
+        self.progress.event(&Event::RoundEnded(ended.clone()));
+        Ok(ended.rate.max(1))
+    }
+
+    pub(super) fn send_layout(&mut self, tracker: &Tracker, found: &Found) -> Result<()> {
+        if found.steps.is_empty() {
+            return Ok(());
+        }
+        self.wire
+            .send(&ToTarget::Layout(tracker.layout.clone()))
+            .map_err(|e| self.better(e))
+    }
+
+    /// Sends what was found; `sent` hears of every piece.
+    pub(super) fn send_pages(
+        &mut self,
+        tracker: &mut Tracker,
+        found: &Found,
+        sent: &mut dyn FnMut(&mut Self, u64) -> Result<()>,
+    ) -> Result<()> {
+        let drops: Vec<(u64, u64)> = found.drops.iter().map(|r| (r.start, r.end)).collect();
+        for some in drops.chunks(4096) {
+            self.wire
+                .send(&ToTarget::Drops(some.to_vec()))
+                .map_err(|e| self.better(e))?;
+        }
+        let mut buf = vec![0; MAX_RAW];
+        let mut at = 0;
+        let mut runs: Vec<(u64, u32)> = Vec::new();
+        for run in &found.pages {
+            for piece in pieces(run.clone(), MAX_RAW as u64) {
+                let len = (piece.end - piece.start) as usize;
+                if at + len > buf.len() || runs.len() >= 4096 {
+                    self.flush(&mut runs, &buf[..at])?;
+                    sent(self, at as u64)?;
+                    at = 0;
+                }
+                let mut from = at;
+                for got in tracker.read(piece, &mut buf[at..])? {
+                    let len = (got.end - got.start) as usize;
+                    keep_content(tracker, got, &mut buf, from, &mut at, &mut runs);
+                    from += len;
+                }
+            }
+        }
+        self.flush(&mut runs, &buf[..at])?;
+        sent(self, at as u64)
+    }
+
+    fn flush(&mut self, runs: &mut Vec<(u64, u32)>, raw: &[u8]) -> Result<()> {
+        if runs.is_empty() {
+            return Ok(());
+        }
+        let message = ToTarget::Pages(std::mem::take(runs));
+        self.wire
+            .send_with(&message, raw)
+            .map_err(|e| self.better(e))
+    }
+}
+
+/// Keeps of a run that was read what the target has not anyway: zeros where it
+/// has nothing.
+fn keep_content(
+    tracker: &mut Tracker,
+    got: Range<u64>,
+    buf: &mut [u8],
+    start: usize,
+    at: &mut usize,
+    runs: &mut Vec<(u64, u32)>,
+) {
+    for (i, page) in (got.start..got.end).step_by(PAGE as usize).enumerate() {
+        let from = start + i * PAGE as usize;
+        let bytes = from..from + PAGE as usize;
+        let zero = buf[bytes.clone()].iter().all(|b| *b == 0);
+        if zero && !tracker.was_sent(page) && tracker.is_anonymous(page) {
+            continue;
+        }
+        if *at != from {
+            buf.copy_within(bytes, *at);
+        }
+        match runs.last_mut() {
+            Some((first, n)) if *first + *n as u64 == page => *n += PAGE as u32,
+            _ => runs.push((page, PAGE as u32)),
+        }
+        tracker.mark_sent(page..page + PAGE);
+        *at += PAGE as usize;
+    }
+}
+
+fn pieces(r: Range<u64>, len: u64) -> impl Iterator<Item = Range<u64>> {
+    let end = r.end;
+    (r.start..end)
+        .step_by(len as usize)
+        .map(move |at| at..end.min(at + len))
+}
+
+pub(super) fn per_second(bytes: u64, time: Duration) -> u64 {
+    (bytes as f64 / time.as_secs_f64().max(1e-6)) as u64
+}

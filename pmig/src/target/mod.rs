@@ -1,0 +1,493 @@
+//! The target's run, the mirror of the source's: a list of phases, readable
+//! from top to bottom in [`session`].
+//!
+//! A session is a process of its own, for one migration. Until COMMITTED is
+//! recorded every way out ends the husk; after it the husk is the program, and
+//! whoever comes later repeats the thaw.
+
+mod files;
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use crate::error::{Context, Error, Obstacle, Result};
+use crate::fault::{self, Role};
+use crate::hold::{self, Hold};
+use crate::husk::Husk;
+use crate::image::{Final, Preview};
+use crate::journal::{self, Fate, New};
+use crate::lineage;
+use crate::phase::Phase;
+use crate::policy::Policy;
+use crate::protocol::message::{Accepted, Hello, Ready, ToSource, ToTarget, MAX_RAW};
+use crate::protocol::Wire;
+use crate::state::clock::Reading;
+use crate::state::fd::{FdTable, Opened};
+use crate::state::memory::{Kernel, Layout};
+use crate::state::pcb::{self, Backend, MachineFacts, PcbChoice, PcbSupplies};
+use crate::state::restart::ProgramClock;
+use crate::sys::timens;
+use crate::tracee::Batch;
+use files::TargetFiles;
+
+pub use files::NotedFiles;
+
+/// How long the source may take for its next word while its program runs.
+const PATIENCE: Duration = Duration::from_secs(120);
+/// How long a husk waits, ready, for the order to run.
+const COMMIT_PATIENCE: Duration = Duration::from_secs(30);
+/// How long a source that was refused may go on sending before it is cut off.
+const DRAIN: Duration = Duration::from_secs(2);
+
+/// What the person who serves can choose.
+#[derive(Debug, Clone)]
+pub struct Options {
+    pub pcb: PcbChoice,
+    pub policy: Policy,
+}
+
+impl Options {
+    /// All that this machine can and may do.
+    pub fn open() -> Result<Options> {
+        Ok(Options {
+            pcb: PcbChoice::Auto,
+            policy: Policy::open()?,
+        })
+    }
+}
+
+/// Takes one process in. The caller has heard the connection's preface. Must
+/// run in the main thread of a process of its own.
+///
+/// # Errors
+///
+/// What went wrong; the source was told, if it can be reached.
+pub fn session(mut wire: Wire, options: &Options) -> Result<()> {
+    let r = receive(&mut wire, options);
+    if let Err(e) = &r {
+        let word = match e {
+            Error::Refused(obstacles) => ToSource::Refused(obstacles.clone()),
+            Error::Link { .. } => return r,
+            e => ToSource::Failed(e.to_string()),
+        };
+        // A source in the middle of sending hears it only if its bytes are
+        // taken.
+        if wire.send(&word).is_ok() {
+            drain(&mut wire);
+        }
+    }
+    r
+}
+
+fn receive(wire: &mut Wire, options: &Options) -> Result<()> {
+    wire.set_deadline(PATIENCE)?;
+    let hello = match wire.recv()? {
+        ToTarget::Hello(hello) => hello,
+        other => return Err(out_of_turn(wire, &other)),
+    };
+    fault::point(Phase::Hello, Role::Target, || wire.link().cut());
+    let backend = Backend::choose(options.pcb)?;
+    let mut files = TargetFiles::new(&hello, &options.policy)?;
+    let accepted = consider(&hello, &mut files, &backend)?;
+    wire.send(&ToSource::Accepted(accepted))?;
+    if hello.ask_only {
+        return Ok(());
+    }
+    await_build(wire)?;
+    let mut b = Building::build(&hello, files)?;
+    fault::point(Phase::Build, Role::Target, || wire.link().cut());
+    let r = b
+        .copy(wire)
+        .and_then(|last| b.restore(*last, &backend, wire))
+        .and_then(|ready| b.ready(ready, wire))
+        .and_then(|order| b.record.commit(&order));
+    match r {
+        Ok(Fate::Committed(committed)) => b.commit(&committed, &hello, wire),
+        Ok(Fate::Aborted(_)) => {
+            b.abort("somebody aborted it");
+            Err(Error::bad(
+                "migration",
+                "was aborted before the commit came",
+            ))
+        }
+        Err(e) => {
+            b.abort(&e.to_string());
+            Err(e)
+        }
+    }
+}
+
+/// Whether this machine can take the process: all reasons against it at once.
+fn consider(hello: &Hello, files: &mut TargetFiles, backend: &Backend) -> Result<Accepted> {
+    let preview = &hello.preview;
+    preview.layout.check()?;
+    preview.descriptors.check()?;
+    let here = MachineFacts::here()?;
+    let mut obstacles = pcb::fits(&preview.machine, &here, &preview.needs);
+    if Kernel::here()? != preview.kernel {
+        obstacles.push(Obstacle::new(
+            "vdso",
+            format!(
+                "the kernel of {} maps another one than that of {}",
+                here.host, preview.machine.host
+            ),
+            "boot the same kernel on both",
+        ));
+    }
+    let pid = preview.needs.pid;
+    if std::path::Path::new(&format!("/proc/{pid}")).exists() {
+        obstacles.push(Obstacle::new(
+            format!("pid {pid}"),
+            format!("it is taken on {}", here.host),
+            "end that process there, or try again later",
+        ));
+    }
+    let ship = match files.compare(&preview.files) {
+        Ok(ship) => ship,
+        Err(Error::Refused(more)) => {
+            obstacles.extend(more);
+            Vec::new()
+        }
+        Err(e) => return Err(e),
+    };
+    if !obstacles.is_empty() {
+        return Err(Error::Refused(obstacles));
+    }
+    let mut notes = Vec::new();
+    if let Some(cpus) = preview.needs.scheduling.lost_affinity(&here.cpus) {
+        notes.push(format!(
+            "{} has none of the cpus the program is bound to; it may use {} there",
+            here.host,
+            cpus.len()
+        ));
+    }
+    Ok(Accepted {
+        host: here.host,
+        kernel: here.kernel,
+        pcb: backend.name().into(),
+        ship,
+        notes,
+    })
+}
+
+/// What exists from the build on.
+struct Building {
+    preview: Preview,
+    husk: Option<Husk>,
+    hold: Option<Hold>,
+    record: journal::Husk,
+    files: TargetFiles,
+    descriptors: Opened,
+    mapped: BTreeMap<u32, OwnedFd>,
+}
+
+impl Building {
+    fn build(hello: &Hello, mut files: TargetFiles) -> Result<Building> {
+        let preview = hello.preview.clone();
+        raise_descriptor_limit();
+        let hold = Hold::husk(hello.id)?;
+        let r = (|| {
+            let pid = preview.needs.pid;
+            let mut husk =
+                Husk::create(pid, Some(hold.fd()), &preview.layout).map_err(|e| {
+                    match e.errno() {
+                        Some(libc::EEXIST) => Error::Refused(vec![Obstacle::new(
+                            format!("pid {pid}"),
+                            "it is taken at the target",
+                            "end that process there, or try again later",
+                        )]),
+                        _ => e,
+                    }
+                })?;
+            // The first to go when memory runs out; its own value comes at the
+            // end.
+            let _ = std::fs::write(format!("/proc/{pid}/oom_score_adj"), "1000");
+            let record = journal::Husk::arm(New {
+                id: hello.id,
+                secret: hello.secret.clone(),
+                pid,
+                comm: preview.comm.clone(),
+                peer: preview.machine.host.clone(),
+                addr: None,
+                place: hold.place().clone(),
+            })?;
+            // From here on new children would be in it: there are none.
+            timens::unshare().context("make", "a time namespace")?;
+            files.create(&record)?;
+            let mut mapped = BTreeMap::new();
+            files.open_mapped(&preview.layout, &mut mapped)?;
+            husk.adopt(&preview.layout, &mapped)?;
+            let descriptors = Opened::open(preview.descriptors.clone(), files.opener())?;
+            Ok((husk, record, descriptors, mapped))
+        })();
+        match r {
+            Ok((husk, record, descriptors, mapped)) => Ok(Building {
+                preview,
+                husk: Some(husk),
+                hold: Some(hold),
+                record,
+                files,
+                descriptors,
+                mapped,
+            }),
+            Err(e) => {
+                if let Err(e) = hold.kill() {
+                    tracing::warn!("the husk stays: {e}");
+                }
+                Err(e)
+            }
+        }
+    }
+
+    /// Takes in what is sent, until the last word.
+    fn copy(&mut self, wire: &mut Wire) -> Result<Box<Final>> {
+        wire.send(&ToSource::Built)?;
+        let mut buf = vec![0; MAX_RAW];
+        loop {
+            match wire.recv()? {
+                ToTarget::Ping => wire.send(&ToSource::Pong(Reading::now()))?,
+                ToTarget::Layout(layout) => self.adopt(&layout)?,
+                ToTarget::Pages(runs) => self.pages(&runs, &mut buf, wire)?,
+                ToTarget::Drops(runs) => {
+                    let runs: Vec<Range<u64>> = runs.into_iter().map(|(a, b)| a..b).collect();
+                    self.husk()?.discard(&runs)?;
+                }
+                ToTarget::Files(set) => {
+                    let wanted = self.files.compare(&set)?;
+                    self.files.create(&self.record)?;
+                    wire.send(&ToSource::Ship(wanted))?;
+                }
+                ToTarget::Block { file, offset, len } => {
+                    let raw = piece(&mut buf, len)?;
+                    wire.recv_raw(raw)?;
+                    self.files.write(file, offset, raw)?;
+                }
+                ToTarget::PassEnd { file, size } => self.files.end_pass(file, size)?,
+                ToTarget::RoundEnd => {
+                    fault::point(Phase::Copy, Role::Target, || wire.link().cut());
+                    wire.send(&ToSource::RoundDone)?;
+                }
+                ToTarget::Final(last) => {
+                    fault::point(Phase::Freeze, Role::Target, || wire.link().cut());
+                    return Ok(last);
+                }
+                other => return Err(out_of_turn(wire, &other)),
+            }
+        }
+    }
+
+    fn adopt(&mut self, layout: &Layout) -> Result<()> {
+        layout.check()?;
+        self.files.open_mapped(layout, &mut self.mapped)?;
+        let husk = self.husk.as_mut().ok_or_else(no_husk)?;
+        husk.adopt(layout, &self.mapped)
+    }
+
+    fn pages(&mut self, runs: &[(u64, u32)], buf: &mut [u8], wire: &mut Wire) -> Result<()> {
+        let all: u64 = runs.iter().map(|(_, len)| *len as u64).sum();
+        if all > MAX_RAW as u64 {
+            return Err(Error::bad(
+                "pages from peer",
+                format!("{all} bytes are too many"),
+            ));
+        }
+        let raw = &mut buf[..all as usize];
+        wire.recv_raw(raw)?;
+        let husk = self.husk()?;
+        let mut rest = &*raw;
+        for &(start, len) in runs {
+            let end = start
+                .checked_add(len as u64)
+                .ok_or_else(|| Error::bad("pages from peer", "they wrap around"))?;
+            let (bytes, more) = rest.split_at(len as usize);
+            husk.write(&(start..end), bytes)?;
+            rest = more;
+        }
+        Ok(())
+    }
+
+    /// Makes the husk the program, short of letting it run: from here on its
+    /// cgroup holds it.
+    fn restore(&mut self, last: Final, backend: &Backend, wire: &mut Wire) -> Result<Ready> {
+        wire.set_deadline(COMMIT_PATIENCE)?;
+        let mut times = Ready::default();
+        let mut lap = Instant::now();
+        let mut part = |into: &mut u64| {
+            let now = Instant::now();
+            *into += now.duration_since(lap).as_nanos() as u64;
+            lap = now;
+        };
+        let Final {
+            pcb,
+            descriptors,
+            shipped,
+            mut clock,
+        } = last;
+        self.files.finish(&shipped)?;
+        self.open_descriptors(descriptors)?;
+        let exe = self.files.open(&self.preview.exe)?;
+        let husk = self.husk.as_mut().ok_or_else(no_husk)?;
+        let time = clock.restore()?;
+        husk.enter_time(time.as_fd())?;
+
+        let mut batch = Batch::new();
+        let own = std::process::id() as i32;
+        let installation = self.descriptors.install(own, &mut batch);
+        let us = batch.call(
+            "look at pmig",
+            libc::SYS_pidfd_open,
+            &[own.into(), 0i32.into()],
+        );
+        let exe_there = batch.call(
+            "fetch the executable",
+            libc::SYS_pidfd_getfd,
+            &[us.into(), exe.as_raw_fd().into(), 0i32.into()],
+        );
+        batch.call("close", libc::SYS_close, &[us.into()]);
+        let done = husk.stopped().run(batch)?;
+        installation.check(&done)?;
+        part(&mut times.descriptors);
+
+        let supplies = PcbSupplies {
+            clock: ProgramClock {
+                offset: clock.ahead.monotonic,
+            },
+            exe: Some(done.result(exe_there) as i32),
+        };
+        backend.restore(husk.stopped(), &pcb, &supplies)?;
+        husk.settle()?;
+        part(&mut times.pcb);
+
+        let hold = self.hold.take().ok_or_else(no_husk)?;
+        hold.freeze(hold::PATIENCE)?;
+        let husk = self.husk.take().ok_or_else(no_husk)?;
+        husk.let_go()?;
+        part(&mut times.hold);
+        Ok(times)
+    }
+
+    fn open_descriptors(&mut self, table: FdTable) -> Result<()> {
+        self.descriptors
+            .finish(table, self.files.opener())
+            .map(drop)
+    }
+
+    /// Says that all is ready, and waits for the order.
+    fn ready(&mut self, times: Ready, wire: &mut Wire) -> Result<journal::Order> {
+        self.files.check()?;
+        wire.send(&ToSource::Ready(times))?;
+        fault::point(Phase::Ready, Role::Target, || wire.link().cut());
+        match wire.recv()? {
+            ToTarget::Commit(order) => Ok(order),
+            other => Err(out_of_turn(wire, &other)),
+        }
+    }
+
+    /// COMMITTED is recorded: it runs here from now on.
+    fn commit(self, committed: &journal::Committed, hello: &Hello, wire: &mut Wire) -> Result<()> {
+        fault::point(Phase::Commit, Role::Target, || wire.link().cut());
+        let Building {
+            mut files,
+            descriptors,
+            ..
+        } = self;
+        // While this lives, so do both ends of every pipe.
+        drop(descriptors);
+        let placed = files.commit();
+        committed.thaw_again()?;
+        let at = Reading::now();
+        let told = wire.send(&ToSource::Committed { at });
+        fault::point(Phase::Release, Role::Target, || wire.link().cut());
+        if let Err(e) = lineage::note(hello.preview.needs.pid, &hello.preview.lineage) {
+            tracing::warn!("where the program came from is not noted: {e}");
+        }
+        files.sync();
+        placed?;
+        committed.settle()?;
+        // The source finds out by itself if it was not told.
+        told
+    }
+
+    /// Ends the husk and clears away what was received.
+    fn abort(mut self, why: &str) {
+        tracing::info!("migration ends without a commit: {why}");
+        let ended = self.record.abort(why).and_then(|fate| match fate {
+            Fate::Aborted(aborted) => {
+                aborted.bury()?;
+                Ok(Some(aborted))
+            }
+            Fate::Committed(committed) => {
+                // Somebody let it run by hand.
+                self.files.keep();
+                committed.thaw_again()?;
+                Ok(None)
+            }
+        });
+        drop(self.husk.take());
+        if let Some(hold) = self.hold.take() {
+            if let Err(e) = hold.kill() {
+                tracing::debug!("the husk's cgroup: {e}");
+            }
+        }
+        drop(self.files);
+        match ended {
+            Ok(Some(aborted)) => {
+                if let Err(e) = aborted.settle() {
+                    tracing::warn!("the record stays open: {e}");
+                }
+            }
+            Ok(None) => {}
+            Err(e) => tracing::warn!("the husk may still be held: {e}"),
+        }
+    }
+
+    fn husk(&mut self) -> Result<&mut Husk> {
+        self.husk.as_mut().ok_or_else(no_husk)
+    }
+}
+
+fn no_husk() -> Error {
+    Error::bad("husk", "there is none any more")
+}
+
+fn await_build(wire: &mut Wire) -> Result<()> {
+    loop {
+        match wire.recv()? {
+            ToTarget::Ping => wire.send(&ToSource::Pong(Reading::now()))?,
+            ToTarget::Build => return Ok(()),
+            other => return Err(out_of_turn(wire, &other)),
+        }
+    }
+}
+
+fn piece(buf: &mut [u8], len: u32) -> Result<&mut [u8]> {
+    buf.get_mut(..len as usize)
+        .ok_or_else(|| Error::bad("block from peer", format!("{len} bytes are too many")))
+}
+
+/// Descriptors of the program's are opened here before it has them.
+fn raise_descriptor_limit() {
+    use nix::sys::resource::{getrlimit, setrlimit, Resource};
+    if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
+    }
+}
+
+fn drain(wire: &mut Wire) {
+    let until = Instant::now() + DRAIN;
+    let _ = wire.set_deadline(Duration::from_millis(200));
+    let mut sink = [0; 16 << 10];
+    while Instant::now() < until {
+        match wire.recv_some(&mut sink) {
+            Ok(0) | Err(_) => return,
+            Ok(_) => {}
+        }
+    }
+}
+
+fn out_of_turn(wire: &Wire, message: &ToTarget) -> Error {
+    let text: String = format!("{message:?}").chars().take(40).collect();
+    Error::bad(wire.peer(), format!("says out of turn: {text}"))
+}
