@@ -194,6 +194,16 @@ impl Pinned {
         Ok(is_special(fstatfs(&self.fd)?.filesystem_type().0))
     }
 
+    /// Whether its file system's time stamps may come from another machine's
+    /// clock: nfs, smb, fuse, 9p, ceph, afs.
+    pub fn has_foreign_clock(&self) -> io::Result<bool> {
+        const FOREIGN: [u32; 8] = [
+            0x6969, 0x517b, 0xff534d42, 0xfe534d42, 0x65735546, 0x01021997, 0x00c36400, 0x5346414f,
+        ];
+        let magic = fstatfs(&self.fd)?.filesystem_type().0;
+        Ok(FOREIGN.contains(&(magic as u32)))
+    }
+
     /// The `O_PATH` descriptor itself.
     pub fn into_fd(self) -> OwnedFd {
         self.fd
@@ -233,7 +243,7 @@ impl AsFd for Pinned {
 /// Magic numbers of file systems whose files are not data: statfs(2) and
 /// `include/uapi/linux/magic.h`.
 pub fn is_special(magic: i64) -> bool {
-    const SPECIAL: [u32; 22] = [
+    const SPECIAL: [u32; 26] = [
         0x9fa0,     // proc
         0x62656572, // sysfs
         0x27e0eb,   // cgroup
@@ -256,6 +266,10 @@ pub fn is_special(magic: i64) -> bool {
         0x1cd1,     // devpts
         0x50494446, // pidfs
         0x5345434d, // secretmem
+        0x65735543, // fusectl
+        0x67596969, // rpc_pipefs
+        0x6e667364, // nfsd
+        0x07655821, // resctrl
     ];
     SPECIAL.contains(&(magic as u32))
 }

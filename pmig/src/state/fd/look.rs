@@ -30,6 +30,13 @@ pub(super) struct Glance {
     pub link: Vec<u8>,
 }
 
+impl Glance {
+    pub fn is_of_same_file(&self, other: &Glance) -> bool {
+        let key = |g: &Glance| (g.ino, g.mount, g.flags & libc::O_ACCMODE);
+        key(self) == key(other) && self.link == other.link
+    }
+}
+
 /// What takes more calls to find out, and stays as it is.
 #[derive(Debug, Clone)]
 pub(super) struct Nature {
@@ -186,7 +193,12 @@ impl ProcDir {
             Err(Errno::ENOENT) => return Ok(None),
             Err(e) => return Err(self.failed(e, "look at", &name)),
         };
-        if stat.st_ino != glance.ino {
+        // fdinfo's inode number is the kernel's own, and stat(2) may show
+        // another: overlayfs. So the glance is repeated instead of compared.
+        if !self
+            .glance(fd)?
+            .is_some_and(|again| again.is_of_same_file(glance))
+        {
             return Ok(None);
         }
         Ok(Some(Nature {

@@ -4,8 +4,10 @@
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 
+use nix::sys::resource::{getrlimit, setrlimit, Resource};
+
 use super::{device, directory, pipe, regular, Description, FdTable, Kind};
-use crate::error::{Error, Result};
+use crate::error::{Context, Error, Result};
 use crate::state::objects::Opener;
 
 /// What became of a table when the final one arrived.
@@ -34,6 +36,7 @@ impl Opened {
     /// Naming the file and what is wrong with it here.
     pub fn open(table: FdTable, opener: &Opener) -> Result<Opened> {
         table.check()?;
+        make_room(table.descriptions.len())?;
         let mut ends: BTreeMap<u32, Vec<usize>> = BTreeMap::new();
         let mut fds: Vec<Option<OwnedFd>> = Vec::with_capacity(table.descriptions.len());
         for (n, d) in table.descriptions.iter().enumerate() {
@@ -110,4 +113,23 @@ impl Opened {
     pub fn table(&self) -> &FdTable {
         &self.table
     }
+}
+
+/// Raises this process's soft limit on descriptors where the table needs it.
+fn make_room(descriptions: usize) -> Result<()> {
+    // What pmig has open itself is far less than this.
+    const OWN: u64 = 256;
+    let what = "the limit on descriptors";
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).context("read", what)?;
+    let needed = descriptions as u64 + OWN;
+    if needed > hard {
+        return Err(Error::bad(
+            "descriptor table",
+            format!("{descriptions} files are more than pmig may open here ({hard})"),
+        ));
+    }
+    if needed > soft {
+        setrlimit(Resource::RLIMIT_NOFILE, hard, hard).context("raise", what)?;
+    }
+    Ok(())
 }

@@ -220,6 +220,15 @@ fn stage() {
                 });
             }
         }
+        "chroot" => {
+            std::fs::create_dir_all("jail/inside").unwrap();
+            std::fs::write("jail/inside/odd (deleted)", b"x").unwrap();
+            held.push(File::open("jail/inside/odd (deleted)").unwrap().into());
+            std::fs::write("ready", b"").unwrap();
+            nix::unistd::chroot("jail").unwrap();
+            std::env::set_current_dir("/inside").unwrap();
+            std::fs::write("here", b"").unwrap();
+        }
         "bare" => {}
         other => panic!("no scene {other}"),
     }
@@ -399,8 +408,10 @@ impl Sleeper {
             .spawn()
             .unwrap();
         let end = Instant::now() + Duration::from_secs(5);
-        let comm = format!("/proc/{}/comm", child.id());
-        while std::fs::read_to_string(&comm).unwrap().trim() != "sleep" {
+        // Asleep, not merely started: its loader opens and closes files.
+        let call = format!("/proc/{}/syscall", child.id());
+        let asleep = format!("{} ", libc::SYS_clock_nanosleep);
+        while !std::fs::read_to_string(&call).unwrap().starts_with(&asleep) {
             assert!(Instant::now() < end);
             std::thread::sleep(Duration::from_millis(1));
         }
@@ -412,7 +423,18 @@ impl Sleeper {
     }
 
     fn look(&self) -> FdTable {
-        Watch::new(self.pid()).unwrap().look(Beat::Stopped).unwrap()
+        let end = Instant::now() + Duration::from_secs(10);
+        loop {
+            match Watch::new(self.pid()).unwrap().look(Beat::Stopped) {
+                Ok(table) => return table,
+                // A child another test is just starting has a copy of all that
+                // is open in this process until it executes its program.
+                Err(Error::Refused(_)) if Instant::now() < end => {
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+                Err(e) => panic!("{e}"),
+            }
+        }
     }
 
     fn install(&self, opened: &Opened) {
@@ -430,6 +452,26 @@ impl Drop for Sleeper {
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
+}
+
+#[test]
+fn a_root_of_its_own_is_carried() {
+    let actor = Actor::play("chroot");
+    let end = Instant::now() + Duration::from_secs(5);
+    while !actor.path("jail/inside/here").exists() {
+        assert!(Instant::now() < end);
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let table = actor.look();
+    assert_eq!(table.root, actor.file("jail"));
+    assert_eq!(table.cwd, actor.file("jail/inside"));
+    let mut opener = actor.opener();
+    let odd = actor.file("jail/inside/odd (deleted)");
+    let stat = *Pinned::by_path(&odd).unwrap().stat();
+    opener.admit(odd.clone(), odd, stat.st_dev, stat.st_ino);
+    let husk = Sleeper::new();
+    husk.install(&Opened::open(table.clone(), &opener).unwrap());
+    assert_eq!(husk.look(), table);
 }
 
 #[test]

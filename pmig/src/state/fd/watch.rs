@@ -162,8 +162,7 @@ impl Watch {
                 return Ok(None);
             };
             if let Some((before, nature)) = self.seen.get(&fd) {
-                let same = |g: &Glance| (g.ino, g.mount, g.flags & libc::O_ACCMODE);
-                if same(before) == same(&glance) && before.link == glance.link {
+                if before.is_of_same_file(&glance) {
                     return Ok(Some((glance, nature.clone())));
                 }
             }

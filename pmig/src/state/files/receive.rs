@@ -75,38 +75,21 @@ impl Receiver {
         let n = self.files.len();
         let temporary = file.path.beside(&format!(".pmig-{}-{n}", self.id))?;
         let dir = directory_of(&temporary)?;
-        let name = temporary.name();
-        let flags =
-            OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-        let fd = openat(&dir, name.as_os_str(), flags, Mode::from_bits_retain(0o600))
-            .context("create", &temporary)?;
+        let fd = make(&dir, &temporary)?;
         let stat = fstat(&fd).context("stat", &temporary)?;
-        let pending = Pending {
-            path: file.path.clone(),
-            temporary: temporary.clone(),
-            dev: stat.st_dev,
-            ino: stat.st_ino,
-            replace,
-        };
         self.files.push(Incoming {
-            pending,
+            pending: Pending {
+                path: file.path.clone(),
+                temporary: temporary.clone(),
+                dev: stat.st_dev,
+                ino: stat.st_ino,
+                replace,
+            },
             file: File::from(fd),
             length: 0,
             complete: false,
         });
         let fd = &self.files[n].file;
-        // A file system without RENAME_NOREPLACE would be found out too late.
-        match renameat2(
-            &dir,
-            name.as_os_str(),
-            &dir,
-            name.as_os_str(),
-            RenameFlags::RENAME_NOREPLACE,
-        ) {
-            Err(Errno::EEXIST) => {}
-            Err(e) => return Err(e).context("try a rename in", file.path.parent()),
-            Ok(()) => {}
-        }
         fchown(
             fd,
             Some(Uid::from_raw(file.uid)),
@@ -205,13 +188,19 @@ impl Receiver {
 
     /// Writes what was received through to the disk: once before the freeze, so
     /// that little is left, and once after the program runs, before the source
-    /// lets its own go.
+    /// lets its own go; then the new names as well.
     ///
     /// # Errors
     /// As fdatasync(2).
     pub fn sync(&self) -> Result<()> {
         for f in &self.files {
             f.file.sync_data().context("sync", &f.pending.path)?;
+            if self.keep {
+                let dir = f.pending.path.parent();
+                let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY;
+                let fd = open_plain(&dir, flags, Mode::empty()).context("open", &dir)?;
+                File::from(fd).sync_all().context("sync", &dir)?;
+            }
         }
         Ok(())
     }
@@ -262,6 +251,23 @@ impl Drop for Receiver {
             }
         }
     }
+}
+
+/// Makes a file that was not there, by the kind of rename that will put it in
+/// its place: a file system that cannot do it (nfs) is better found out now.
+fn make(dir: &OwnedFd, temporary: &FilePath) -> Result<OwnedFd> {
+    let first = temporary.beside(&(temporary.name().to_string_lossy() + ".new"))?;
+    let (from, to) = (first.name(), temporary.name());
+    let flags =
+        OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    let fd = openat(dir, from.as_os_str(), flags, Mode::from_bits_retain(0o600))
+        .context("create", &first)?;
+    let noreplace = RenameFlags::RENAME_NOREPLACE;
+    if let Err(e) = renameat2(dir, from.as_os_str(), dir, to.as_os_str(), noreplace) {
+        let _ = unlinkat(dir, from.as_os_str(), UnlinkatFlags::NoRemoveDir);
+        return Err(e).context("rename without replacing anything to", temporary);
+    }
+    Ok(fd)
 }
 
 fn directory_of(path: &FilePath) -> Result<OwnedFd> {

@@ -41,6 +41,8 @@ pub struct Shipment {
     blocks: Vec<Known>,
     /// The file's state when the last pass began, and when that was.
     last: Option<(Stamp, SystemTime)>,
+    /// Its time stamps cannot be compared with this machine's clock.
+    foreign_clock: bool,
     buffer: Vec<u8>,
 }
 
@@ -63,6 +65,7 @@ impl Shipment {
             file,
             blocks: Vec::new(),
             last: None,
+            foreign_clock: pinned.has_foreign_clock().context("look at", path)?,
             buffer: vec![0; BLOCK],
         })
     }
@@ -155,6 +158,9 @@ impl Shipment {
         let Some((then, began)) = &self.last else {
             return false;
         };
+        if self.foreign_clock {
+            return false;
+        }
         let newest = now.mtime.max(now.ctime);
         let coarse = now.mtime.1 == 0 && now.ctime.1 == 0;
         let lag = if coarse { LAG_OF_SECONDS } else { LAG };
