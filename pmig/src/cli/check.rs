@@ -1,9 +1,8 @@
 use std::fs;
 
 use pmig::error::{printable, Error, Obstacle, Result};
-use pmig::hold;
 use pmig::resolve;
-use pmig::state::{memory, objects, pcb};
+use pmig::source;
 use pmig::transport::Addr;
 use serde::Serialize;
 
@@ -96,7 +95,7 @@ fn machine(as_json: bool) -> Exit {
     }
 }
 
-fn obstacles(pid: i32, addr: Option<&Addr>, _args: &Check) -> Result<Vec<Obstacle>> {
+fn obstacles(pid: i32, addr: Option<&Addr>, args: &Check) -> Result<Vec<Obstacle>> {
     let mut all = Vec::new();
     for missing in capabilities().into_iter().filter(|c| c.needed && !c.have) {
         all.push(Obstacle::new(
@@ -108,25 +107,15 @@ fn obstacles(pid: i32, addr: Option<&Addr>, _args: &Check) -> Result<Vec<Obstacl
     if !all.is_empty() {
         return Ok(all);
     }
-    for room in [
-        pcb::preflight,
-        hold::preflight,
-        memory::preflight,
-        objects::preflight,
-    ] {
-        for obstacle in room(pid)? {
-            if !all.contains(&obstacle) {
-                all.push(obstacle);
-            }
-        }
+    match addr {
+        // Looks at what is here too.
+        Some(addr) => source::ask(pid, addr, &args.how.options()),
+        None => source::preflight(pid),
     }
-    let _ = addr;
-    Ok(all)
 }
 
 fn process(pid: i32, addr: Option<&Addr>, obstacles: Vec<Obstacle>, as_json: bool) -> Exit {
-    let comm = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-    let comm = comm.trim_end_matches('\n').to_owned();
+    let comm = comm(pid);
     let can_move = obstacles.is_empty();
     if as_json {
         json(&Process {
@@ -149,6 +138,12 @@ fn process(pid: i32, addr: Option<&Addr>, obstacles: Vec<Obstacle>, as_json: boo
     } else {
         Exit::Refused
     }
+}
+
+/// A program's name, unescaped; nothing where it is gone.
+pub fn comm(pid: i32) -> String {
+    let comm = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+    comm.trim_end_matches('\n').to_owned()
 }
 
 /// The obstacles as a person reads them, one a line.
@@ -196,10 +191,9 @@ mod tests {
         let addr = "tcp://b".parse().ok();
         let lines = refusal(4242, "simulate", addr.as_ref(), &obstacles);
         assert_eq!(lines[0], "4242 simulate cannot move to b: 2 obstacles");
-        assert_eq!(
-            lines[1],
-            "  fd 7 /dev/nvidia0          exists only here; close it first"
-        );
+        let columns: Vec<&str> = lines[1].split("   ").map(str::trim).collect();
+        assert_eq!(columns[0], "fd 7 /dev/nvidia0");
+        assert_eq!(columns.last(), Some(&"exists only here; close it first"));
         assert!(lines.iter().all(|l| !l.chars().any(char::is_control)));
         assert_eq!(refusal(1, "x", None, &[]), ["1 x can move"]);
     }

@@ -3,9 +3,12 @@
 mod check;
 mod files;
 mod machine;
+mod migrate;
 mod output;
 mod resolve;
 mod serve;
+mod session;
+mod show;
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -14,6 +17,8 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use pmig::error::Error;
 use pmig::id::Id;
 use pmig::keeper;
+use pmig::source;
+use pmig::state::pcb::PcbChoice;
 use pmig::transport::Addr;
 
 /// How pmig ends.
@@ -146,6 +151,20 @@ pub struct How {
     max_freeze: Duration,
 }
 
+impl How {
+    fn options(&self) -> source::Options {
+        source::Options {
+            pcb: match self.pcb {
+                Pcb::Auto => PcbChoice::Auto,
+                Pcb::Ptrace => PcbChoice::Ptrace,
+                Pcb::Kmod => PcbChoice::Kmod,
+            },
+            ship: self.files == Files::Ship,
+            max_freeze: self.max_freeze,
+        }
+    }
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Files {
     Check,
@@ -200,10 +219,10 @@ pub fn run() -> ExitCode {
     log(cli.verbose);
     let exit = match cli.command {
         Command::Serve(args) => serve::run(&args, cli.verbose),
-        Command::Migrate(_) => Exit::Other,
+        Command::Migrate(args) => migrate::run(&args),
         Command::Check(args) => check::run(&args),
         Command::Resolve(args) => resolve::run(&args),
-        Command::Session(_) => Exit::Other,
+        Command::Session(args) => session::run(&args),
         Command::Keeper { id } => match keeper::run(id) {
             Ok(()) => Exit::Done,
             Err(e) => {

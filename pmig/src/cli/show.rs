@@ -20,7 +20,8 @@ pub struct Plain(Later);
 /// The same, and below it what is going on.
 pub struct Terminal {
     later: Later,
-    bar: ProgressBar,
+    /// While a round is under way.
+    bar: Option<ProgressBar>,
 }
 
 /// Lines wait while the program stands still: whoever reads them may be slow.
@@ -75,17 +76,13 @@ impl Progress for Plain {
 
 impl Terminal {
     pub fn new() -> Terminal {
-        let bar = ProgressBar::with_draw_target(Some(0), ProgressDrawTarget::stdout());
-        let style = ProgressStyle::with_template("{prefix}{bar:18}  {msg}")
-            .unwrap_or_else(|_| ProgressStyle::default_bar());
-        bar.set_style(style.progress_chars("##."));
         Terminal {
             later: Later::default(),
-            bar,
+            bar: None,
         }
     }
 
-    fn show(&self, round: &Round) {
+    fn show(&mut self, round: &Round) {
         let left = label(&format!("copy {}", round.round));
         let done = format!("{} of {}", bare(round.bytes, round.of), size(round.of));
         let eta = round
@@ -93,33 +90,38 @@ impl Terminal {
             .map_or(String::new(), |d| format!("eta {}", time(d)));
         let used = left.chars().count() + 18 + 2 + done.chars().count();
         let gap = WIDTH.saturating_sub(used + eta.chars().count()).max(1);
-        self.bar.set_prefix(left);
-        self.bar.set_length(round.of.max(1));
-        self.bar.set_position(round.bytes.min(round.of));
-        self.bar
-            .set_message(format!("{done}{}{eta}", " ".repeat(gap)));
+        let bar = self.bar.get_or_insert_with(|| {
+            let bar = ProgressBar::with_draw_target(Some(1), ProgressDrawTarget::stdout());
+            if let Ok(style) = ProgressStyle::with_template("{prefix}{bar:18}  {msg}") {
+                bar.set_style(style.progress_chars("##."));
+            }
+            bar
+        });
+        bar.set_prefix(left);
+        bar.set_length(round.of.max(1));
+        bar.set_position(round.bytes.min(round.of));
+        bar.set_message(format!("{done}{}{eta}", " ".repeat(gap)));
+    }
+
+    fn end_bar(&mut self) {
+        if let Some(bar) = self.bar.take() {
+            bar.finish_and_clear();
+        }
     }
 }
 
 impl Progress for Terminal {
     fn event(&mut self, event: &Event) {
-        if let Event::Phase {
-            phase: Phase::Freeze,
-        } = event
-        {
-            self.bar.finish_and_clear();
+        if !matches!(event, Event::Round(_) | Event::Note { .. }) {
+            self.end_bar();
         }
         let lines = self.later.take(event, lines(event));
-        if !lines.is_empty() {
-            self.bar.suspend(|| write(&lines));
+        match &self.bar {
+            Some(bar) if !lines.is_empty() => bar.suspend(|| write(&lines)),
+            _ => write(&lines),
         }
-        match event {
-            Event::Round(round) if !self.later.frozen => self.show(round),
-            Event::RoundEnded(_) | Event::Done(_) | Event::Failed { .. } => {
-                self.bar.finish_and_clear();
-                self.bar.reset();
-            }
-            _ => {}
+        if let (Event::Round(round), false) = (event, self.later.frozen) {
+            self.show(round);
         }
     }
 }

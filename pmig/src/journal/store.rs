@@ -30,25 +30,32 @@ const DIR: OFlag = OFlag::O_RDONLY
     .union(OFlag::O_CLOEXEC);
 
 impl Folder {
-    /// Opens a directory by its path, made if it isn't there.
+    /// Opens a directory by its path, made if it isn't there. This one others
+    /// may read, though not what pmig makes inside.
     pub fn at(path: &Path) -> Result<Folder> {
         if let Some(parent) = path.parent() {
             std::fs::create_dir_all(parent).context("create directory", parent.display())?;
         }
-        Folder::open(AT_FDCWD, path, path.to_owned(), true)?
+        Folder::open(AT_FDCWD, path, path.to_owned(), true, 0o022)?
             .ok_or_else(|| Error::bad(path.display(), "removed while it was opened"))
     }
 
     /// Opens or makes a directory inside this one.
     pub fn sub(&self, name: &str) -> Result<Folder> {
         let path = self.path.join(name);
-        Folder::open(self.fd(), Path::new(name), path.clone(), true)?
+        Folder::open(self.fd(), Path::new(name), path.clone(), true, 0o077)?
             .ok_or_else(|| Error::bad(path.display(), "removed while it was opened"))
     }
 
     /// Opens a directory inside this one, if it is there.
     pub fn find(&self, name: &str) -> Result<Option<Folder>> {
-        Folder::open(self.fd(), Path::new(name), self.path.join(name), false)
+        Folder::open(
+            self.fd(),
+            Path::new(name),
+            self.path.join(name),
+            false,
+            0o077,
+        )
     }
 
     /// Makes a directory that wasn't there. `None`: it was.
@@ -60,7 +67,13 @@ impl Folder {
         self.find(name)
     }
 
-    fn open(at: impl AsFd, name: &Path, path: PathBuf, make: bool) -> Result<Option<Folder>> {
+    fn open(
+        at: impl AsFd,
+        name: &Path,
+        path: PathBuf,
+        make: bool,
+        closed: u32,
+    ) -> Result<Option<Folder>> {
         if make {
             match mkdirat(&at, name, Mode::S_IRWXU) {
                 Ok(()) | Err(Errno::EEXIST) => {}
@@ -72,10 +85,13 @@ impl Folder {
             fd => fd.context("open directory", path.display())?,
         };
         let stat = fstat(&fd).context("look at", path.display())?;
-        if stat.st_uid != geteuid().as_raw() || stat.st_mode & 0o077 != 0 {
+        if stat.st_uid != geteuid().as_raw() || stat.st_mode & closed != 0 {
             return Err(Error::bad(
                 path.display(),
-                "must belong to the user pmig runs as, with mode 0700",
+                format!(
+                    "must belong to the user pmig runs as, with mode {:04o} at most",
+                    0o777 & !closed
+                ),
             ));
         }
         Ok(Some(Folder { fd, path }))
@@ -292,7 +308,7 @@ mod tests {
         assert!(folder.find("sub").is_err());
         let open = temp.path().join("open");
         std::fs::create_dir(&open).unwrap();
-        std::fs::set_permissions(&open, std::fs::Permissions::from_mode(0o755)).unwrap();
+        std::fs::set_permissions(&open, std::fs::Permissions::from_mode(0o775)).unwrap();
         assert!(Folder::at(&open).is_err());
     }
 }

@@ -1,0 +1,182 @@
+use std::io::{self, IsTerminal};
+
+use pmig::error::{printable, Error};
+use pmig::report::{Event, Failure, Outcome, Progress};
+use pmig::{interrupt, resolve, source};
+
+use super::check::{comm, refusal};
+use super::output::error_line;
+use super::show::{time, Json, Plain, Terminal};
+use super::{files, lines, say, Exit, Migrate};
+
+pub fn run(args: &Migrate) -> Exit {
+    if let Err(exit) = args.insecure.allows(&args.addr) {
+        return exit;
+    }
+    if let Err(e) = interrupt::listen() {
+        say(&e);
+        return Exit::Other;
+    }
+    resolve::sweep(&files::Shipped);
+    let mut progress: Box<dyn Progress> = if args.json {
+        Box::new(Json::new())
+    } else if io::stdout().is_terminal() {
+        Box::new(Terminal::new())
+    } else {
+        Box::new(Plain::new())
+    };
+    // It may be gone later.
+    let name = comm(args.pid);
+    let options = args.how.options();
+    match source::migrate(args.pid, &args.addr, &options, &mut *progress) {
+        Ok(summary) => {
+            progress.event(&Event::Done(summary));
+            Exit::Done
+        }
+        Err(failure) => {
+            let exit = exit_of(&failure);
+            progress.event(&event_of(&failure, exit));
+            for line in explain(args, &name, &failure) {
+                error_line(&line);
+            }
+            exit
+        }
+    }
+}
+
+fn exit_of(failure: &Failure) -> Exit {
+    match (&failure.outcome, &failure.error) {
+        (Outcome::NeverStopped | Outcome::RunsOn { .. }, Error::Refused(_)) => Exit::Refused,
+        (Outcome::NeverStopped | Outcome::RunsOn { .. }, _) => Exit::RunsOn,
+        (Outcome::Unresolved { .. }, _) => Exit::Unresolved,
+        (Outcome::Moved { .. } | Outcome::Ended, _) => Exit::Other,
+    }
+}
+
+fn event_of(failure: &Failure, exit: Exit) -> Event {
+    Event::Failed {
+        error: failure.error.to_string(),
+        obstacles: match &failure.error {
+            Error::Refused(obstacles) => obstacles.clone(),
+            _ => Vec::new(),
+        },
+        outcome: failure.outcome.name().into(),
+        exit_code: exit as u8,
+    }
+}
+
+/// What went wrong, where the program is now and what to do, in that order.
+fn explain(args: &Migrate, name: &str, failure: &Failure) -> Vec<String> {
+    let (pid, addr) = (args.pid, &args.addr);
+    let host = printable(&addr.host());
+    let mut said = match &failure.error {
+        Error::Refused(obstacles) => refusal(pid, name, Some(addr), obstacles),
+        error => lines(error)
+            .split('\n')
+            .enumerate()
+            .map(|(n, l)| {
+                if n == 0 {
+                    format!("pmig: {l}")
+                } else {
+                    l.into()
+                }
+            })
+            .collect(),
+    };
+    let again = match failure.error {
+        Error::Refused(_) | Error::Interrupted => String::new(),
+        _ => format!("; try again, or see pmig check {pid} {addr}"),
+    };
+    said.push(match &failure.outcome {
+        Outcome::NeverStopped => {
+            format!("{pid} was never stopped for it and runs on here{again}")
+        }
+        Outcome::RunsOn { stopped } => format!(
+            "{pid} stood still for {} and runs on here{again}",
+            time(*stopped)
+        ),
+        Outcome::Unresolved { id } => format!(
+            "{pid} is held here, frozen and intact: {host} was told to let it run, and has not said \
+             whether it does; when {host} can be reached again: pmig resolve {id}"
+        ),
+        Outcome::Moved { id } => format!(
+            "{pid} runs on {host}; what is left to clear away here: pmig resolve {id}"
+        ),
+        Outcome::Ended => format!("{pid} has ended"),
+    });
+    said
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use clap::Parser;
+    use pmig::error::Obstacle;
+
+    use super::super::{Cli, Command};
+    use super::*;
+
+    fn args() -> Migrate {
+        let line = ["pmig", "migrate", "4242", "tcp://b", "--insecure"];
+        match Cli::try_parse_from(line).unwrap().command {
+            Command::Migrate(args) => args,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn every_failure_says_where_the_program_is_and_what_to_do() {
+        let lost = || Error::Link {
+            peer: "b".into(),
+            cause: io::ErrorKind::BrokenPipe.into(),
+        };
+        let refused = || Error::Refused(vec![Obstacle::new("fd 7", "is a door", "close it")]);
+        let id = || "ab".repeat(16);
+        let stopped = Duration::from_millis(3);
+        for (error, outcome, exit, words) in [
+            (
+                lost(),
+                Outcome::NeverStopped,
+                Exit::RunsOn,
+                "runs on here; try again",
+            ),
+            (
+                lost(),
+                Outcome::RunsOn { stopped },
+                Exit::RunsOn,
+                "stood still for 3.0 ms",
+            ),
+            (
+                refused(),
+                Outcome::NeverStopped,
+                Exit::Refused,
+                "runs on here",
+            ),
+            (
+                refused(),
+                Outcome::RunsOn { stopped },
+                Exit::Refused,
+                "runs on here",
+            ),
+            (
+                lost(),
+                Outcome::Unresolved { id: id() },
+                Exit::Unresolved,
+                "pmig resolve abab",
+            ),
+            (
+                lost(),
+                Outcome::Moved { id: id() },
+                Exit::Other,
+                "runs on b",
+            ),
+            (lost(), Outcome::Ended, Exit::Other, "has ended"),
+        ] {
+            let failure = Failure { error, outcome };
+            assert_eq!(exit_of(&failure), exit, "{failure:?}");
+            let text = explain(&args(), "x", &failure).join("\n");
+            assert!(text.contains(words), "{text}");
+        }
+    }
+}
