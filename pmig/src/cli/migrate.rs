@@ -29,10 +29,7 @@ pub fn run(args: &Migrate) -> Exit {
     let name = comm(args.pid);
     let options = args.how.options();
     match source::migrate(args.pid, &args.addr, &options, &mut *progress) {
-        Ok(summary) => {
-            progress.event(&Event::Done(summary));
-            Exit::Done
-        }
+        Ok(_) => Exit::Done,
         Err(failure) => {
             let exit = exit_of(&failure);
             progress.event(&event_of(&failure, exit));

@@ -31,5 +31,5 @@ fn session(args: &Session) -> Result<()> {
     let null = File::open("/dev/null").context("open", "/dev/null")?;
     dup2_stdin(&null).context("close", "standard input")?;
     let link = transport::adopt(fd, args.peer.clone()).context("take over", "the connection")?;
-    target::session(Wire::new(link), target::Options::open()?)
+    target::session(Wire::new(link), &target::Options::open()?)
 }
