@@ -234,7 +234,9 @@ pub fn run(id: Id) -> Result<()> {
         Stage::Aborted(..) | Stage::Armed(_) => patience(),
         Stage::Committing(_) | Stage::Decided(..) => COMMIT_PATIENCE,
     };
-    outlive(pmig, patience);
+    if outlive(pmig, patience, &armed) {
+        return Ok(());
+    }
     let now = resolve::finish(&armed, &why, ASK_FOR, || {})?;
     tracing::info!("migration {id}: {now:?}");
     match now {
@@ -326,12 +328,16 @@ fn patience() -> Duration {
 }
 
 /// Returns once pmig is dead, which lets go of all that it traced; kills it if
-/// it lives longer than `patience`.
-fn outlive(pmig: Pid, patience: Duration) {
+/// it lives longer than `patience`. `true`: it lived to settle everything
+/// itself.
+fn outlive(pmig: Pid, patience: Duration, armed: &Armed) -> bool {
     let start = Instant::now();
     let mut killed = false;
     // While it is our parent, nobody else can have its number.
     while getppid() == pmig {
+        if armed.settled().unwrap_or(false) {
+            return true;
+        }
         if !killed && start.elapsed() >= patience {
             tracing::warn!("killing pmig {pmig}");
             let _ = kill(pmig, Signal::SIGKILL);
@@ -343,4 +349,5 @@ fn outlive(pmig: Pid, patience: Duration) {
         }
         std::thread::sleep(Duration::from_millis(5));
     }
+    false
 }
