@@ -8,6 +8,7 @@
 //! [`crate::journal`]), so whichever is first, both act on the same decision.
 //! If it dies too, the next pmig command does its work ([`crate::resolve`]).
 
+use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
@@ -20,7 +21,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use nix::sys::signal::{kill, SigSet, Signal};
-use nix::unistd::{getppid, setsid, Pid};
+use nix::unistd::{dup2_stdin, getppid, setsid, Pid};
 
 use crate::error::{Context, Error, Result};
 use crate::fault::{self, Role};
@@ -42,8 +43,11 @@ const COMMIT_PATIENCE: Duration = Duration::from_secs(40);
 /// person has to.
 const ASK_FOR: Duration = Duration::from_secs(60);
 
-/// How long a keeper may take to start, and to end when all is done.
+/// How long a keeper may take to start.
 const START: Duration = Duration::from_secs(10);
+
+/// How long it may take to let go when all is settled.
+const END: Duration = Duration::from_secs(2);
 
 const READY: u8 = b'k';
 const STOPPED: u8 = b's';
@@ -71,8 +75,8 @@ impl Keeper {
     pub fn start_from(exe: &Path, armed: &Armed) -> Result<Keeper> {
         let id = armed.record().id;
         Folder::at(&run_dir())?;
-        let log = run_dir().join(format!("keeper-{id}.log"));
-        let out = std::fs::File::options()
+        let log = log_of(id);
+        let out = File::options()
             .append(true)
             .create(true)
             .mode(0o600)
@@ -134,29 +138,23 @@ impl Keeper {
         self.say(ALIVE)
     }
 
-    /// All is settled. Waits until the keeper has ended.
+    /// All is settled. Waits until the keeper has let go; it may live on for a
+    /// while to tell the target.
     pub fn done(mut self) {
         let _ = self.say(DONE);
-        let _ = self.line.shutdown(std::net::Shutdown::Write);
+        let let_go = self
+            .line
+            .set_nonblocking(false)
+            .and_then(|()| self.line.set_read_timeout(Some(END)))
+            .and_then(|()| self.line.read(&mut [0]));
         let Some(mut child) = self.child.take() else {
             return;
         };
-        let start = Instant::now();
-        while start.elapsed() < Duration::from_secs(2) {
-            match child.try_wait() {
-                Ok(None) => std::thread::sleep(Duration::from_millis(1)),
-                Ok(Some(status)) => {
-                    if status.success() {
-                        let _ = std::fs::remove_file(&self.log);
-                    }
-                    return;
-                }
-                Err(_) => return,
-            }
+        if let_go.is_err() {
+            tracing::debug!("the keeper does not end by itself");
+            let _ = child.kill();
+            let _ = child.wait();
         }
-        tracing::debug!("the keeper does not end by itself");
-        let _ = child.kill();
-        let _ = child.wait();
     }
 
     fn say(&mut self, word: u8) -> Result<()> {
@@ -170,6 +168,10 @@ impl Keeper {
             )),
         }
     }
+}
+
+fn log_of(id: Id) -> PathBuf {
+    run_dir().join(format!("keeper-{id}.log"))
 }
 
 /// Why the keeper must act.
@@ -222,30 +224,57 @@ pub fn run(id: Id) -> Result<()> {
     };
     let call = watch.listen(&mut line)?;
     let phase = watch.phase;
+    let settled =
+        matches!(call, Call::Done) && armed.settled()? || end_of_pmig(&armed, pmig, &call, phase)?;
+    drop(line);
+    dup2_stdin(&File::open("/dev/null").context("open", "/dev/null")?)
+        .context("close", "the line to pmig")?;
+    let ended = if settled {
+        tell(&armed)
+    } else {
+        finish(&armed, phase)
+    };
+    if ended.is_ok() {
+        let _ = std::fs::remove_file(log_of(id));
+    }
+    ended
+}
+
+/// pmig said nothing, or not that all is settled: decides what can be decided,
+/// and returns once pmig is dead. `true`: it lived to settle everything itself.
+fn end_of_pmig(armed: &Armed, pmig: Pid, call: &Call, phase: Phase) -> Result<bool> {
     let why = match call {
-        Call::Done if armed.settled()? => return Ok(()),
         Call::Done | Call::Silent => format!("pmig ended in {phase}"),
         Call::Stalled => format!("pmig made no progress in {phase}"),
     };
-    tracing::info!("migration {id}: {why}");
+    tracing::info!("migration {}: {why}", armed.record().id);
     // First the decision, then the end of pmig: it may be about to commit.
     let patience = match armed.abort(&why)? {
         _ if matches!(call, Call::Stalled) => Duration::ZERO,
         Stage::Aborted(..) | Stage::Armed(_) => patience(),
         Stage::Committing(_) | Stage::Decided(..) => COMMIT_PATIENCE,
     };
-    if outlive(pmig, patience, &armed) {
-        return Ok(());
-    }
-    let now = resolve::finish(&armed, &why, ASK_FOR, || {})?;
-    tracing::info!("migration {id}: {now:?}");
+    Ok(outlive(pmig, patience, armed))
+}
+
+fn finish(armed: &Armed, phase: Phase) -> Result<()> {
+    let why = format!("pmig died in {phase}");
+    let now = resolve::finish(armed, &why, ASK_FOR, || {})?;
+    tracing::info!("migration {}: {now:?}", armed.record().id);
     match now {
         Now::Held { why } => Err(Error::bad(
             format!("process {}", armed.record().pid),
             format!("stays held: {why}"),
         )),
-        Now::RunsHere | Now::Ended => resolve::abandon(armed.record(), ASK_FOR),
-        Now::Moved | Now::Rebooted => Ok(()),
+        _ => tell(armed),
+    }
+}
+
+/// If it was aborted, no husk shall stay held at the target.
+fn tell(armed: &Armed) -> Result<()> {
+    match armed.stage()? {
+        Stage::Aborted(..) => resolve::abandon(armed.record(), ASK_FOR),
+        _ => Ok(()),
     }
 }
 
