@@ -744,7 +744,13 @@ fn unused_stack(pid: i32, sp: u64, len: u64) -> Result<u64> {
     if untouched && low < stack.end && !(stack.start..low + PAGE).contains(&sp) {
         return Ok(stack.start);
     }
-    // Writing below a stack makes it grow, within its limit.
+    // Writing below a stack makes it grow, within the limit of who writes.
+    use nix::sys::resource::{getrlimit, setrlimit, Resource};
+    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_STACK) {
+        if soft != hard {
+            let _ = setrlimit(Resource::RLIMIT_STACK, hard, hard);
+        }
+    }
     let floor = if (stack.start.saturating_sub(1 << 20)..stack.start).contains(&sp) {
         sp - 128
     } else {
