@@ -3,5 +3,7 @@
 mod cli;
 
 fn main() -> std::process::ExitCode {
+    // Before any thread is started, for all inherit it.
+    pmig::sys::ptrace::listen();
     cli::run()
 }

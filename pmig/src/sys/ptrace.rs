@@ -262,8 +262,17 @@ pub enum Change {
     Gone,
 }
 
+/// Blocks SIGCHLD, so that [`wait`] hears it. For the main thread, before
+/// there are others: one that does not block it would swallow it.
+pub fn listen() {
+    let mut set = SigSet::empty();
+    set.add(Signal::SIGCHLD);
+    // Without it every wait takes longer, and nothing else.
+    let _ = set.thread_block();
+}
+
 /// Waits for a change of the tracee, at most for `deadline`; `None` when it
-/// passes. Sleeps on SIGCHLD where the calling thread blocks it.
+/// passes. Sleeps on SIGCHLD: see [`listen`].
 pub fn wait(pid: i32, deadline: Duration) -> io::Result<Option<Change>> {
     let until = Instant::now() + deadline;
     loop {
