@@ -20,7 +20,6 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{openat, Flock, FlockArg, OFlag, AT_FDCWD};
-use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use nix::sys::stat::Mode;
 use nix::sys::statfs::{fstatfs, CGROUP2_SUPER_MAGIC};
 use nix::unistd;
@@ -33,9 +32,12 @@ use crate::proc::cgroup::{of_process, Events, Mount};
 /// How long a cgroup may take to be frozen, or to be empty after a kill.
 pub const PATIENCE: Duration = Duration::from_secs(5);
 
-/// The kernel freezes within some 80 µs natively; only then is it worth to
-/// sleep for the notification.
-const SPIN: Duration = Duration::from_micros(300);
+/// The kernel freezes within some 80 µs natively; only after that is it worth
+/// to sleep.
+const SPIN: Duration = Duration::from_micros(200);
+
+/// The shortest sleep between two looks.
+const NAP: Duration = Duration::from_micros(50);
 
 /// Where a held process is, as records keep it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -318,13 +320,9 @@ impl Cgroup {
                 });
             }
             if spent > SPIN {
-                // The read above armed the notification; the timeout covers a
-                // change that was coming before it.
-                let mut fds = [PollFd::new(file.as_fd(), PollFlags::POLLPRI)];
-                match poll(&mut fds, PollTimeout::from(20u8)) {
-                    Ok(_) | Err(Errno::EINTR) => {}
-                    Err(e) => return Err(e).context("wait for", self.object("cgroup.events")),
-                }
+                // The kernel notifies of changes at most every 10 ms
+                // (CGROUP_FILE_NOTIFY_MIN_INTV), which is too long for a freeze.
+                std::thread::sleep((spent / 8).clamp(NAP, 20 * NAP));
             } else {
                 std::thread::yield_now();
             }
