@@ -26,9 +26,8 @@ use crate::protocol::{preface, Wire};
 use crate::report::{Event, Facts, Failure, Freeze, Outcome, Progress, Summary};
 use crate::resolve::{self, Now};
 use crate::state::clock::{self, Clock, Difference, Reading};
-use crate::state::fd::{Beat, Watch as FdWatch};
+use crate::state::fd::{self, Beat, Watch as FdWatch};
 use crate::state::memory::{self, Kernel, Layout, Tracker, PAGE};
-use crate::state::objects;
 use crate::state::paths::FilePath;
 use crate::state::pcb::{self, Backend, CaptureContext, MachineFacts, PcbChoice};
 use crate::state::restart::{ProgramClock, Watch as RestartWatch};
@@ -118,7 +117,7 @@ pub fn preflight(pid: i32) -> Result<Vec<Obstacle>> {
     if nix::unistd::getpgid(Some(nix::unistd::Pid::from_raw(pid))).is_err() {
         return Err(Error::Gone(pid));
     }
-    for room in [memory::preflight, objects::preflight, hold::preflight] {
+    for room in [memory::preflight, fd::preflight, hold::preflight] {
         match room(pid) {
             Ok(obstacles) => all.extend(obstacles),
             // What has other obstacles may not let itself be looked at.

@@ -11,7 +11,6 @@ use nix::fcntl::{open, readlinkat, OFlag};
 use nix::sys::stat::Mode;
 
 use crate::error::{Context, Error, Obstacle, Result};
-use crate::state::fd::{Beat, Watch};
 use crate::state::paths::{FilePath, Pinned};
 use crate::sys::fds::Order;
 
@@ -24,19 +23,6 @@ pub struct OpenFile {
     pub ino: u64,
     /// It can be written to through this descriptor.
     pub writable: bool,
-}
-
-/// What stands in the way of moving a process as far as its descriptors go,
-/// looked at from outside while it runs.
-///
-/// # Errors
-/// Where it cannot be looked at, [`Error::Gone`] where it is not there.
-pub fn preflight(pid: i32) -> Result<Vec<Obstacle>> {
-    match Watch::new(pid)?.look(Beat::Running) {
-        Ok(_) => Ok(Vec::new()),
-        Err(Error::Refused(obstacles)) => Ok(obstacles),
-        Err(e) => Err(e),
-    }
 }
 
 /// Sorts descriptors into groups that share one open file description; each

@@ -28,7 +28,7 @@ pub use install::Installation;
 pub use opened::{Opened, Shape};
 pub use pipe::{Pipe, PipeEnd};
 pub use regular::Regular;
-pub use watch::{Beat, Watch};
+pub use watch::{preflight, Beat, Watch};
 
 use crate::error::{Context, Error, Obstacle, Result};
 use crate::state::objects::OpenFile;

@@ -14,7 +14,7 @@ use nix::sys::stat::Mode;
 use nix::unistd::{dup, lseek, pipe2, read, write, Whence};
 
 use super::*;
-use crate::state::objects::{preflight, Opener};
+use crate::state::objects::Opener;
 use crate::state::paths::Pinned;
 use crate::tracee::{Batch, Stopped};
 
