@@ -8,6 +8,7 @@
 
 mod files;
 mod send;
+mod undo;
 
 use std::time::{Duration, Instant};
 
@@ -17,7 +18,7 @@ use crate::hold::{self, Frozen, Hold};
 use crate::id::{Id, Secret};
 use crate::image::{Final, Preview};
 use crate::interrupt;
-use crate::journal::{Armed, Committing, Lost, New, Stage};
+use crate::journal::{Armed, Committing, Lost, New};
 use crate::keeper::Keeper;
 use crate::lineage;
 use crate::phase::Phase;
@@ -34,6 +35,7 @@ use crate::state::restart::{ProgramClock, Watch as RestartWatch};
 use crate::tracee::{Ground, Stopped};
 use crate::transport::{self, Addr};
 use files::SourceFiles;
+use undo::abandon;
 
 /// How long the target may take to answer while nothing stands still.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -558,62 +560,6 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// Before anything is decided: lets the program go on here.
-    fn give_up(&mut self, mut b: Building, error: Error, since: Option<Instant>) -> Failure {
-        drop(b.last.take());
-        let outcome = match (&error, since) {
-            (Error::Gone(_), _) => Outcome::Ended,
-            (_, Some(at)) => Outcome::RunsOn {
-                stopped: at.elapsed(),
-            },
-            (_, None) => Outcome::NeverStopped,
-        };
-        abandon(&b.armed, b.keeper, b.hold, &error);
-        Failure { error, outcome }
-    }
-
-    /// The same when its cgroup holds it.
-    fn thaw(&mut self, b: Building, frozen: Frozen, error: Error, since: Instant) -> Failure {
-        match b.armed.abort(&error.to_string()) {
-            Ok(Stage::Aborted(..)) => {}
-            // Whoever decided otherwise knew why; the records say what to do.
-            Ok(_) | Err(_) => {
-                drop(frozen);
-                let finished = resolve::finish(&b.armed, "undecided", FATE_PATIENCE, || {});
-                let outcome = match finished {
-                    Ok(Now::RunsHere) => Outcome::RunsOn {
-                        stopped: since.elapsed(),
-                    },
-                    Ok(Now::Ended) => Outcome::Ended,
-                    Ok(Now::Moved) => Outcome::Moved {
-                        id: self.id.to_string(),
-                    },
-                    _ => Outcome::Unresolved {
-                        id: self.id.to_string(),
-                    },
-                };
-                return Failure { error, outcome };
-            }
-        }
-        match frozen.thaw() {
-            Ok(hold) => {
-                let stopped = since.elapsed();
-                abandon(&b.armed, b.keeper, Some(hold), &error);
-                Failure {
-                    error,
-                    outcome: Outcome::RunsOn { stopped },
-                }
-            }
-            // The keeper tries again.
-            Err(_) => Failure {
-                error,
-                outcome: Outcome::Unresolved {
-                    id: self.id.to_string(),
-                },
-            },
-        }
-    }
-
     /// The target may have said why, before it closed.
     fn better(&mut self, error: Error) -> Error {
         if !matches!(error, Error::Link { .. }) {
@@ -685,22 +631,6 @@ impl<'a> Run<'a> {
         }
         self.freeze.add("wire", left);
     }
-}
-
-/// Lets the program go on, and tells whoever has to know.
-fn abandon(armed: &Armed, keeper: Keeper, hold: Option<Hold>, why: &Error) {
-    let aborted = armed.abort(&why.to_string());
-    if let Some(hold) = hold {
-        if let Err(e) = hold.release() {
-            tracing::warn!("the cgroup made for the migration stays: {e}");
-        }
-    }
-    if aborted.is_ok() {
-        if let Err(e) = armed.settle() {
-            tracing::warn!("the record of the migration stays open: {e}");
-        }
-    }
-    keeper.done();
 }
 
 /// Hears an answer; a failure there is an error here.

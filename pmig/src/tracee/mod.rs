@@ -8,6 +8,7 @@
 mod batch;
 mod ground;
 mod home;
+mod outside;
 mod stopped;
 
 pub use batch::{Arg, Batch, Call, Done, Slot};

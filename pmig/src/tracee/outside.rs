@@ -1,0 +1,116 @@
+//! What can be learnt of a process, and of why it stopped, without running
+//! anything in it.
+
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::FileExt;
+
+use super::ground::lines;
+use crate::error::{Context, Error, Result};
+use crate::sys::ptrace::Regs;
+
+const PAGE: u64 = 4096;
+
+pub(super) fn open_mem(pid: i32) -> Result<File> {
+    let path = format!("/proc/{pid}/mem");
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(&path)
+        .map_err(|e| match e.raw_os_error() {
+            Some(libc::ENOENT | libc::ESRCH) => Error::Gone(pid),
+            _ => Error::Os {
+                op: "open",
+                object: path,
+                cause: e,
+            },
+        })
+}
+
+pub(super) fn is_fault(signal: i32) -> bool {
+    matches!(
+        signal,
+        libc::SIGSEGV | libc::SIGBUS | libc::SIGILL | libc::SIGFPE | libc::SIGTRAP | libc::SIGSYS
+    )
+}
+
+/// Calls that the kernel ends with a hard EINTR whenever the thread is woken
+/// (signal(7)) are made again, unless a handler really runs.
+pub(super) fn undo_eintr(regs: &mut Regs) {
+    const EINTR: i64 = -(libc::EINTR as i64);
+    /// ERESTARTNOHAND, include/linux/errno.h
+    const RESTART: i64 = -514;
+    let again = matches!(
+        regs.orig_rax as i64,
+        libc::SYS_epoll_wait
+            | libc::SYS_epoll_pwait
+            | libc::SYS_epoll_pwait2
+            | libc::SYS_rt_sigtimedwait
+            | libc::SYS_semop
+            | libc::SYS_semtimedop
+            | libc::SYS_msgrcv
+            | libc::SYS_msgsnd
+            | libc::SYS_recvfrom
+            | libc::SYS_recvmsg
+            | libc::SYS_recvmmsg
+            | libc::SYS_sendto
+            | libc::SYS_sendmsg
+            | libc::SYS_accept
+            | libc::SYS_accept4
+            | libc::SYS_connect
+            | libc::SYS_io_getevents
+            | 333 // io_pgetevents
+            | libc::SYS_io_uring_enter
+    );
+    if again && regs.rax as i64 == EINTR {
+        regs.rax = RESTART as u64;
+    }
+}
+
+/// A signal that means nothing to this program: without a handler, ignored by
+/// default, neither blocked nor pending.
+pub(super) fn quiet_signal(pid: i32) -> Result<Option<i32>> {
+    let path = format!("/proc/{pid}/status");
+    let text = std::fs::read_to_string(&path).context("read", &path)?;
+    let busy = text
+        .lines()
+        .filter_map(|l| l.split_once(":\t"))
+        .filter(|(k, _)| matches!(*k, "SigPnd" | "ShdPnd" | "SigBlk" | "SigCgt"))
+        .filter_map(|(_, v)| u64::from_str_radix(v.trim(), 16).ok())
+        .fold(0, |all, one| all | one);
+    Ok([libc::SIGURG, libc::SIGWINCH, libc::SIGCHLD]
+        .into_iter()
+        .find(|s| busy & (1 << (s - 1)) == 0))
+}
+
+/// `len` bytes of stack that the program never used: pages at the low end that
+/// were never touched, or new ones below.
+pub(super) fn unused_stack(pid: i32, sp: u64, len: u64) -> Result<u64> {
+    let stack = lines(pid)?
+        .into_iter()
+        .find(|l| l.name == "[stack]")
+        .ok_or_else(|| Error::bad(format!("process {pid}"), "it has no stack of its own"))?;
+    let path = format!("/proc/{pid}/pagemap");
+    let pagemap = File::open(&path).context("open", &path)?;
+    let mut entries = vec![0; (len / PAGE * 8) as usize];
+    let untouched = pagemap
+        .read_exact_at(&mut entries, stack.start / PAGE * 8)
+        .is_ok()
+        && entries.chunks_exact(8).all(|e| e[7] & 0xc0 == 0);
+    let low = stack.start + len;
+    if untouched && low < stack.end && !(stack.start..low + PAGE).contains(&sp) {
+        return Ok(stack.start);
+    }
+    // Writing below a stack makes it grow, within the limit of who writes.
+    use nix::sys::resource::{getrlimit, setrlimit, Resource};
+    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_STACK) {
+        if soft != hard {
+            let _ = setrlimit(Resource::RLIMIT_STACK, hard, hard);
+        }
+    }
+    let floor = if (stack.start.saturating_sub(1 << 20)..stack.start).contains(&sp) {
+        sp - 128
+    } else {
+        stack.start
+    };
+    Ok((floor & !(PAGE - 1)).saturating_sub(len))
+}
