@@ -117,6 +117,13 @@ pub(super) fn capture(end: &OwnedFd, flags: i32, object: &str) -> Result<Pipe> {
 }
 
 impl Pipe {
+    /// Bytes it can hold.
+    pub(super) fn size(&self) -> u64 {
+        // What pipe(7) gives unasked.
+        const DEFAULT: u32 = 1 << 16;
+        u64::from(self.capacity.unwrap_or(DEFAULT))
+    }
+
     /// Checks what came from a peer.
     pub(super) fn check(&self) -> Result<()> {
         if self.content.len() > MAX_CONTENT
