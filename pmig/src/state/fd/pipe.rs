@@ -8,6 +8,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use nix::fcntl::{fcntl, open, tee, FcntlArg, OFlag, SpliceFFlags};
+use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use nix::sys::stat::Mode;
 use nix::unistd::{pipe2, read, write};
 use serde::{Deserialize, Serialize};
@@ -67,6 +68,16 @@ fn reopen(end: &OwnedFd, flags: i32) -> nix::Result<OwnedFd> {
         OFlag::from_bits_retain(flags) | OFlag::O_CLOEXEC,
         Mode::empty(),
     )
+}
+
+/// Whether the ends of the other kind than this one are all closed, wherever
+/// they were: poll(2). A reader opened after the last writer had gone is told
+/// nothing, so that the answer errs on the safe side.
+pub(super) fn is_widowed(end: &OwnedFd) -> nix::Result<bool> {
+    let gone = PollFlags::POLLERR | PollFlags::POLLHUP;
+    let mut fds = [PollFd::new(end.as_fd(), PollFlags::empty())];
+    poll(&mut fds, PollTimeout::ZERO)?;
+    Ok(fds[0].revents().is_some_and(|r| r.intersects(gone)))
 }
 
 /// Looks into a pipe through a copy of any of its ends. The process must not

@@ -14,6 +14,8 @@ mod sources;
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tests_shipping;
 
 use std::time::{Duration, SystemTime};
 
