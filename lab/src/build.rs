@@ -97,12 +97,10 @@ impl Built {
         self.directory.join("lab-agent")
     }
 
-    /// The sample programs.
+    /// The sample programs, and what tries the kernel module.
     pub fn samples(&self) -> Vec<PathBuf> {
-        SAMPLES
-            .iter()
-            .map(|name| self.directory.join(name))
-            .collect()
+        let all = SAMPLES.iter().chain(&["kmod_hammer"]);
+        all.map(|name| self.directory.join(name)).collect()
     }
 }
 

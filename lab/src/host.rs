@@ -253,6 +253,15 @@ pub trait Host: Send + Sync {
         }
     }
 
+    /// Types a line at the host's console and gives what it answers.
+    ///
+    /// # Errors
+    /// It has none, or it does not answer.
+    fn console(&self, line: &str) -> Result<String> {
+        let what = format!("{} has no console to type {line:?} at", self.name());
+        Err(crate::harness::CannotHere(what).into())
+    }
+
     /// Makes the host unreachable for the others, or reachable again.
     ///
     /// # Errors

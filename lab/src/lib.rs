@@ -7,12 +7,15 @@
 
 pub mod agent;
 pub mod build;
+pub mod harness;
 pub mod host;
 pub mod image;
 pub mod inside;
 pub mod netns;
 pub mod owner;
 pub mod pair;
+pub mod samples;
+pub mod scenario;
 pub mod session;
 pub mod state;
 pub mod sys;

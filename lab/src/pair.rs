@@ -233,3 +233,26 @@ pub fn serve(host: &dyn Host, env: &[(&str, &str)]) -> Result<u32> {
     })?;
     Ok(pid)
 }
+
+/// Ends every program that trials start on a host, and removes their files and
+/// pmig's records.
+///
+/// # Errors
+/// The host is gone.
+pub fn tidy(host: &dyn Host) -> Result<()> {
+    let others = ["pmig", "python3", "perl", "kmod_hammer", "sleep"];
+    for process in host.ps()? {
+        let Some(program) = process.cmdline.first() else {
+            continue;
+        };
+        let program = program.rsplit('/').next().unwrap_or_default();
+        let ours = build::SAMPLES.contains(&program) || others.contains(&program);
+        if ours || program.starts_with("plain-") {
+            // It may end by itself meanwhile.
+            let _ = host.signal(process.pid, 9);
+        }
+    }
+    let _ = host.sh("umount -q /srv/work");
+    host.sh("rm -rf /srv/work/* /srv/work/.[!.]* /var/lib/pmig/* /run/pmig/*")?;
+    host.link(true)
+}

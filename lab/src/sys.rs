@@ -52,6 +52,27 @@ pub fn signal_events(file: &File) -> io::Result<()> {
     Ok(())
 }
 
+/// Lets no program started from here inherit a descriptor beside the standard
+/// ones: this process may itself have inherited some.
+///
+/// # Errors
+/// Those of close_range(2).
+pub fn hand_on_nothing() -> io::Result<()> {
+    // SAFETY: no descriptor is closed, and no pointer is passed.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_close_range,
+            3,
+            u32::MAX,
+            libc::CLOSE_RANGE_CLOEXEC,
+        )
+    };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
 /// Opens a perf event on this process that counts nothing of interest.
 ///
 /// While any such event is open the kernel does not patch the static key that

@@ -1,7 +1,8 @@
 //! Programs of this machine that the lab needs.
 
+use crate::harness::CannotHere;
 use crate::image::quietly;
-use anyhow::{bail, Result};
+use anyhow::Result;
 use std::process::Command;
 
 /// A program and the Debian package that brings it.
@@ -50,7 +51,8 @@ pub fn need(programs: &[&str], say: &dyn Fn(&str)) -> Result<()> {
     let list = packages.join(" ");
     let command = format!("apt-get install --yes --no-install-recommends {list}");
     if !root || !there("apt-get") {
-        bail!("this machine lacks {list}; install with: sudo {command}");
+        let why = format!("this machine lacks {list}; install with: sudo {command}");
+        return Err(CannotHere(why).into());
     }
     say(&format!("installing {list}"));
     let mut update = Command::new("apt-get");

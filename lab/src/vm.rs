@@ -452,6 +452,18 @@ impl Host for Vm {
         Ok(())
     }
 
+    fn console(&self, line: &str) -> Result<String> {
+        const END: &str = "lab-console-end";
+        let out = console(&self.machine)?;
+        let mut session = rexpect::session::spawn_stream(out.try_clone()?, out, Some(20_000));
+        session.send_line("")?;
+        session.exp_string("lab# ")?;
+        // The echo of the line must not be taken for its answer.
+        session.send_line(&format!("{line}; echo {END} | tr a-z A-Z"))?;
+        session.exp_string(END)?;
+        Ok(session.exp_string(&END.to_uppercase())?)
+    }
+
     fn restart(&self) -> Result<()> {
         // The other machine's end of the link connects once, when it starts.
         ensure!(

@@ -4,7 +4,7 @@
 //! the modules, the sample programs and the machine's identity. It goes over to
 //! the root disk, mounts, connects, and reaps; the agent is its child.
 
-use super::{agent_command, mount_new, number_from, reap, settle_in_cgroup, Identity};
+use super::{agent_command, mount_new, number_from, open_to_all, reap, settle_in_cgroup, Identity};
 use crate::agent::{Agent, PROGRAMS, WORK};
 use crate::sys;
 use anyhow::{bail, Context, Result};
@@ -109,7 +109,7 @@ fn enter_disk() -> Result<()> {
     )
     .with_context(|| format!("mount {DISK}"))?;
     let inside = |path: &str| root.join(path.trim_start_matches('/'));
-    for path in [PROGRAMS, WORK, "/usr/local/bin", "/var/lib/pmig"] {
+    for path in [PROGRAMS, WORK, "/usr/local/bin"] {
         let path = inside(path);
         fs::create_dir_all(&path).with_context(|| format!("create {}", path.display()))?;
     }
@@ -143,9 +143,10 @@ fn settle(identity: &Identity) -> Result<()> {
     mount_new("sysfs", "/sys", "")?;
     mount_new("devtmpfs", "/dev", "mode=755")?;
     mount_new("devpts", "/dev/pts", "ptmxmode=666")?;
-    for at in ["/dev/shm", "/run", "/tmp"] {
+    for at in ["/dev/shm", "/tmp"] {
         mount_new("tmpfs", at, "mode=1777")?;
     }
+    mount_new("tmpfs", "/run", "mode=755")?;
     mount_new("cgroup2", "/sys/fs/cgroup", "")?;
     settle_in_cgroup("/sys/fs/cgroup")?;
     for (link, to) in [
@@ -156,7 +157,7 @@ fn settle(identity: &Identity) -> Result<()> {
     ] {
         let _ = std::os::unix::fs::symlink(to, link);
     }
-    fs::create_dir_all("/run/pmig").context("create /run/pmig")?;
+    open_to_all(WORK)?;
     fs::write("/etc/hosts", &identity.hosts).context("write /etc/hosts")?;
     sethostname(&identity.name).context("set the host name")?;
     fs::write("/etc/hostname", format!("{}\n", identity.name)).context("write /etc/hostname")?;

@@ -11,6 +11,7 @@ use nix::sys::wait::{waitpid, WaitStatus};
 use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{exit, Command};
 
@@ -42,6 +43,12 @@ fn mount_new(kind: &str, at: &str, options: &str) -> Result<()> {
 fn bind(from: &Path, at: &Path) -> Result<()> {
     mount(Some(from), at, None::<&str>, MsFlags::MS_BIND, None::<&str>)
         .with_context(|| format!("bind {} at {}", from.display(), at.display()))
+}
+
+/// Lets programs of every user write to a directory.
+fn open_to_all(path: &str) -> Result<()> {
+    fs::set_permissions(path, fs::Permissions::from_mode(0o1777))
+        .with_context(|| format!("open {path} to all"))
 }
 
 /// Lets the next processes have PIDs above `last`, so that two hosts do not

@@ -3,7 +3,9 @@
 //! Three processes: the launcher, which enters the namespaces and tidies up
 //! after them; their first process, which mounts and reaps; and the agent.
 
-use super::{agent_command, bind, mount_new, number_from, reap, settle_in_cgroup, Identity};
+use super::{
+    agent_command, bind, mount_new, number_from, open_to_all, reap, settle_in_cgroup, Identity,
+};
 use crate::agent::{Agent, PROGRAMS, WORK};
 use crate::sys;
 use anyhow::{bail, Context, Result};
@@ -38,6 +40,7 @@ const CGROUP: &str = "/sys/fs/cgroup";
 /// # Errors
 /// Whatever keeps the host from being built.
 pub fn launch(spec: &str) -> Result<()> {
+    sys::hand_on_nothing().context("close what was inherited")?;
     let parsed: Spec = serde_json::from_str(spec).context("read the host's description")?;
     let home = own_cgroup(&parsed.cgroup_mount)?;
     fs::create_dir_all(&parsed.cgroup)
@@ -115,16 +118,21 @@ pub fn init(spec: &str) -> Result<()> {
         .iter()
         .map(|path| File::open(path).with_context(|| format!("open {}", path.display())))
         .collect::<Result<Vec<_>>>()?;
-    for at in ["/srv", "/run", "/tmp", "/dev/shm", "/var/lib/pmig"] {
+    for at in ["/srv", "/run"] {
+        mount_new("tmpfs", at, "mode=755")?;
+    }
+    for at in ["/tmp", "/dev/shm"] {
         mount_new("tmpfs", at, "mode=1777")?;
     }
+    mount_new("tmpfs", "/var/lib/pmig", "mode=700")?;
     mount_new("proc", "/proc", "")?;
     while umount2(CGROUP, MntFlags::MNT_DETACH).is_ok() {}
     mount_new("cgroup2", CGROUP, "")?;
     settle_in_cgroup(CGROUP)?;
-    for directory in [WORK, PROGRAMS, "/run/pmig"] {
+    for directory in [WORK, PROGRAMS] {
         fs::create_dir_all(directory).with_context(|| format!("create {directory}"))?;
     }
+    open_to_all(WORK)?;
     for (path, file) in spec.programs.iter().zip(&programs) {
         let name = path.file_name().context("a program without a name")?;
         let at = Path::new(PROGRAMS).join(name);

@@ -87,17 +87,20 @@ pub struct Work {
     vectors: vectors::Vectors,
     pipe: pipe::OwnPipe,
     file: Option<File>,
+    late: Option<String>,
+    opened: Vec<File>,
     pace: Duration,
     spins: u64,
     lines: u64,
 }
 
 /// The arguments that [`Work`] takes.
-pub const WORK_ARGS: [&str; 4] = ["seed", "pace_us", "heap_kb", "file"];
+pub const WORK_ARGS: [&str; 5] = ["seed", "pace_us", "heap_kb", "file", "late"];
 
 impl Work {
     /// Work as the arguments say: `seed`, `pace_us` (microseconds a line),
-    /// `heap_kb` (kilobytes), `file` (written beside standard output).
+    /// `heap_kb` (kilobytes), `file` (written beside standard output), `late`
+    /// (what the names of more files begin with, one opened every five lines).
     ///
     /// # Errors
     /// An argument out of place, or a failing system call.
@@ -117,6 +120,8 @@ impl Work {
             mix,
             heap,
             file,
+            late: args.text("late").map(str::to_owned),
+            opened: Vec::new(),
             pace,
             lines: 0,
         })
@@ -144,10 +149,28 @@ impl Work {
             file.write_all(text.as_bytes())
                 .map_err(|e| format!("write the file: {e}"))?;
         }
+        self.open_late(&text)?;
         self.vectors.write_line(1, text.as_bytes(), self.spins)?;
         self.mix.add(self.vectors.sum());
         if !self.pace.is_zero() {
             thread::sleep(self.pace / 2);
+        }
+        Ok(())
+    }
+
+    /// Opens one more file now and then, up to fifty, and writes to all.
+    fn open_late(&mut self, text: &str) -> Result<(), String> {
+        let Some(prefix) = &self.late else {
+            return Ok(());
+        };
+        if self.lines % 5 == 0 && self.opened.len() < 50 {
+            let path = format!("{prefix}.{}", self.lines);
+            let file = File::create_new(&path).map_err(|e| format!("create {path}: {e}"))?;
+            self.opened.push(file);
+        }
+        for file in &mut self.opened {
+            file.write_all(text.as_bytes())
+                .map_err(|e| format!("write a late file: {e}"))?;
         }
         Ok(())
     }

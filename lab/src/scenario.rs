@@ -1,0 +1,294 @@
+//! What scenarios do with two hosts: start a program, move it, look.
+
+use crate::agent::WORK;
+use crate::host::{Host, Output};
+use crate::pair::Lab;
+use crate::wire::{Cmd, Status};
+use anyhow::{bail, ensure, Context, Result};
+use serde_json::Value;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+/// How long a migration or a program may take before something is wrong.
+pub const LIMIT: Duration = Duration::from_secs(120);
+
+/// A program that runs on a host, its output going to a file there.
+#[derive(Clone, Debug)]
+pub struct Program {
+    pub pid: u32,
+    pub argv: Vec<String>,
+    pub output: String,
+}
+
+/// How a `pmig migrate` went.
+#[derive(Clone, Debug)]
+pub struct Moved {
+    pub status: Status,
+    /// Its `--json` lines.
+    pub events: Vec<Value>,
+    pub output: Output,
+}
+
+fn words(line: &str) -> Vec<String> {
+    line.split_whitespace().map(str::to_owned).collect()
+}
+
+impl Program {
+    /// Starts a program.
+    ///
+    /// # Errors
+    /// It does not start.
+    pub fn start(host: &dyn Host, line: &str) -> Result<Self> {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let count = COUNT.fetch_add(1, Ordering::Relaxed);
+        let output = format!("{WORK}/out.{count}");
+        let argv = words(line);
+        let pid = host
+            .spawn(&Cmd::new(argv.clone()), &output)
+            .with_context(|| format!("start {line}"))?;
+        Ok(Self { pid, argv, output })
+    }
+
+    /// What it has written on that host.
+    ///
+    /// # Errors
+    /// There is no such file.
+    pub fn written(&self, host: &dyn Host) -> Result<String> {
+        let bytes = host.read(&self.output)?;
+        Ok(String::from_utf8_lossy(&bytes).into_owned())
+    }
+
+    /// Waits until it has written so many lines more on that host.
+    ///
+    /// # Errors
+    /// It has ended, or does not get on.
+    pub fn wait_lines(&self, host: &dyn Host, lines: usize) -> Result<()> {
+        let start = self.written(host)?.lines().count();
+        let what = format!("{lines} more lines of {}", self.argv.join(" "));
+        host.wait_for(&what, LIMIT, &mut || {
+            let written = self.written(host)?;
+            if written.lines().count() >= start + lines {
+                return Ok(true);
+            }
+            let ended = ["PASS", "FAIL"].iter().any(|word| written.contains(word));
+            ensure!(!ended, "it ended: {}", tail(&written));
+            Ok(false)
+        })
+    }
+
+    /// Waits for its end on that host and gives all that it wrote.
+    ///
+    /// # Errors
+    /// It does not end, or ends in another way than it should.
+    pub fn finish(&self, host: &dyn Host) -> Result<String> {
+        let what = format!("the end of {}", self.argv.join(" "));
+        let waited = host.wait_for(&what, LIMIT, &mut || {
+            let process = host.process(self.pid)?;
+            Ok(process.is_none_or(|process| process.state == 'Z'))
+        });
+        let written = self.written(host)?;
+        waited.with_context(|| format!("it wrote: {}", tail(&written)))?;
+        let last = written.lines().last().unwrap_or_default();
+        ensure!(last.starts_with("PASS"), "it wrote: {}", tail(&written));
+        Ok(written)
+    }
+
+    /// What it writes when nobody moves it, with other arguments that make it
+    /// quick.
+    ///
+    /// # Errors
+    /// It does not end well.
+    pub fn unmoved(&self, host: &dyn Host, quick: &[&str]) -> Result<String> {
+        // Below a directory of its own: files that it makes must not be in the
+        // way of those that come with the program.
+        let directory = format!("{WORK}/unmoved");
+        host.sh(&format!("mkdir -p {directory}"))?;
+        let mut argv = self.argv.clone();
+        for word in quick {
+            let name = word.split('=').next().unwrap_or_default();
+            match name.parse::<usize>() {
+                // The argument at that place.
+                Ok(place) => argv[place] = word[name.len() + 1..].to_owned(),
+                Err(_) => argv.push((*word).to_owned()),
+            }
+        }
+        let output = host.exec(&Cmd::new(argv).cwd(&directory))?.ok()?;
+        host.sh(&format!("rm -rf {directory}"))?;
+        Ok(output.out())
+    }
+}
+
+/// The last lines of a text.
+pub fn tail(text: &str) -> String {
+    let lines = text.lines().collect::<Vec<_>>();
+    lines[lines.len().saturating_sub(5)..].join("\n")
+}
+
+/// Runs `pmig migrate` on a host, with more words behind its own and more
+/// variables in its environment.
+///
+/// # Errors
+/// The host is gone; a failed migration is no error here, see [`Moved::ok`].
+pub fn migrate(
+    from: &dyn Host,
+    to: &dyn Host,
+    program: &Program,
+    more: &str,
+    env: &[(&str, &str)],
+) -> Result<Moved> {
+    migrate_to(from, &to.address(), program, more, env)
+}
+
+/// The same, to an address.
+///
+/// # Errors
+/// As [`migrate`].
+pub fn migrate_to(
+    from: &dyn Host,
+    address: &str,
+    program: &Program,
+    more: &str,
+    env: &[(&str, &str)],
+) -> Result<Moved> {
+    let limit = format!("timeout -k 1 {}", LIMIT.as_secs());
+    let line = format!(
+        "{limit} pmig migrate {} {address} --insecure --json {more}",
+        program.pid
+    );
+    let mut cmd = Cmd::new(words(&line));
+    for (name, value) in env {
+        cmd = cmd.env(name, value);
+    }
+    let output = from.exec(&cmd)?;
+    let events = output.out();
+    let events = events
+        .lines()
+        .filter_map(|line| serde_json::from_str(line).ok())
+        .collect();
+    Ok(Moved {
+        status: output.status,
+        events,
+        output,
+    })
+}
+
+impl Moved {
+    /// The summary, if the program moved.
+    ///
+    /// # Errors
+    /// What pmig said, if it did not.
+    pub fn ok(&self) -> Result<&Value> {
+        ensure!(
+            self.status.success(),
+            "pmig migrate: {:?}: {}\n{}",
+            self.status,
+            self.said(),
+            self.output.err()
+        );
+        self.event("done").context("no summary was printed")
+    }
+
+    /// The last event of that name.
+    pub fn event(&self, name: &str) -> Option<&Value> {
+        let mut all = self.events.iter().rev();
+        all.find(|event| event["event"] == name)
+    }
+
+    /// The failure in its own words, and where it says the program is.
+    pub fn said(&self) -> String {
+        match self.event("failed") {
+            Some(event) => event.to_string(),
+            None => tail(&self.output.out()),
+        }
+    }
+
+    /// Checks that pmig ended with that exit code and a message that has these
+    /// words.
+    ///
+    /// # Errors
+    /// It did not.
+    pub fn failed(&self, code: i32, words: &[&str]) -> Result<()> {
+        let said = format!("{}\n{}", self.said(), self.output.err());
+        ensure!(
+            self.status == Status::Code(code),
+            "exit {:?} instead of {code}: {said}",
+            self.status
+        );
+        for word in words {
+            ensure!(
+                said.to_lowercase().contains(&word.to_lowercase()),
+                "no word of {word:?} in: {said}"
+            );
+        }
+        Ok(())
+    }
+}
+
+/// Starts a program on a, moves it to b while it runs, and compares its whole
+/// output there with what it writes unmoved.
+///
+/// # Errors
+/// Anything that is not as it should be.
+pub fn moves(lab: &Lab, line: &str, more: &str, quick: &[&str]) -> Result<Moved> {
+    let (a, b) = (lab.a(), lab.b());
+    let program = Program::start(a, line)?;
+    let expected = program.unmoved(b, quick)?;
+    program.wait_lines(a, 20)?;
+    let moved = migrate(a, b, &program, &format!("--files ship {more}"), &[])?;
+    moved.ok().with_context(|| line.to_owned())?;
+    let here = a.process(program.pid)?;
+    ensure!(here.is_none(), "the source still has {here:?}");
+    let written = program.finish(b)?;
+    same(&written, &expected)?;
+    let before = program.written(a)?;
+    ensure!(
+        expected.starts_with(&before) && before.len() < expected.len(),
+        "the source's file is no beginning of the whole"
+    );
+    Ok(moved)
+}
+
+/// Compares two outputs.
+///
+/// # Errors
+/// The first line that differs.
+pub fn same(written: &str, expected: &str) -> Result<()> {
+    if written == expected {
+        return Ok(());
+    }
+    let mut pairs = written.lines().zip(expected.lines()).enumerate();
+    match pairs.find(|(_, (one, other))| one != other) {
+        Some((number, (one, other))) => {
+            bail!("line {number} is {one:?} instead of {other:?}")
+        }
+        None => bail!(
+            "{} lines instead of {}",
+            written.lines().count(),
+            expected.lines().count()
+        ),
+    }
+}
+
+/// Checks that a program runs on on that host, to a good end.
+///
+/// # Errors
+/// It does not.
+pub fn runs_on(host: &dyn Host, program: &Program, expected: &str) -> Result<()> {
+    let written = program
+        .finish(host)
+        .with_context(|| format!("on {}", host.name()))?;
+    same(&written, expected)
+}
+
+/// Waits for a condition that hosts know nothing of.
+///
+/// # Errors
+/// It did not come about in time.
+pub fn wait(what: &str, limit: Duration, mut done: impl FnMut() -> Result<bool>) -> Result<()> {
+    let deadline = Instant::now() + limit;
+    while !done()? {
+        ensure!(Instant::now() < deadline, "{what} did not come about");
+        std::thread::sleep(Duration::from_millis(30));
+    }
+    Ok(())
+}

@@ -1,0 +1,23 @@
+//! Programs move between two hosts, as a user would have them move.
+//!
+//! Each claim is tried on namespaces of this machine and on machines of QEMU's
+//! where it can be, there with both ways to read a process control block.
+
+mod faults;
+mod hosts;
+mod moving;
+mod refusing;
+mod surviving;
+
+use lab::harness::{main as run, Trial};
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let mut trials: Vec<Trial> = Vec::new();
+    trials.extend(hosts::trials());
+    trials.extend(moving::trials());
+    trials.extend(refusing::trials());
+    trials.extend(surviving::trials());
+    trials.extend(faults::trials());
+    run(trials)
+}

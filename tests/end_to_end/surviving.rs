@@ -1,0 +1,69 @@
+//! A target machine that goes down after it had the program.
+
+use anyhow::{ensure, Result};
+use lab::harness::Trial;
+use lab::scenario::{migrate, same, wait, Program, LIMIT};
+use lab::{serve, Cmd, Lab, Make};
+use std::time::Duration;
+
+pub fn trials() -> Vec<Trial> {
+    let names = [
+        (
+            "ready:stall:target",
+            "a_reboot_of_the_target_after_ready_brings_the_program_back",
+        ),
+        (
+            "commit:stall:target",
+            "a_reboot_of_the_target_after_commit_leaves_it_to_a_person",
+        ),
+    ];
+    let trial = |(fault, name): (&'static str, &str)| {
+        let name = format!("surviving::{name}");
+        Trial::new(Make::Vm, name, move |lab| reboot(lab, fault)).bare()
+    };
+    names.map(trial).into()
+}
+
+/// Stalls the target at a phase, cuts its power, and looks for the program.
+fn reboot(lab: &Lab, fault: &'static str) -> Result<()> {
+    let (a, b) = (lab.a(), lab.b());
+    serve(a, &[])?;
+    serve(b, &[("PMIG_FAULT", fault)])?;
+    let program = Program::start(a, "recursive lines=400 depth=20000")?;
+    let expected = program.unmoved(b, &["pace_us=0"])?;
+    program.wait_lines(a, 5)?;
+    let moved = std::thread::scope(|scope| -> Result<_> {
+        let moving = scope.spawn(|| migrate(a, b, &program, "--files ship", &[]));
+        std::thread::sleep(Duration::from_secs(3));
+        b.restart()?;
+        serve(b, &[])?;
+        moving.join().expect("no panic")
+    })?;
+    ensure!(b.process(program.pid)?.is_none(), "it outlived a reboot");
+    // Whatever the records say, the source has the program whole. Where they
+    // cannot know whether it ran at the target, a person decides.
+    let held = a.exec(&Cmd::shell("timeout 60 pmig resolve --json 2>&1"))?;
+    let mut runs = false;
+    let _ = wait("the program on a", Duration::from_secs(5), || {
+        let before = program.written(a)?.len();
+        std::thread::sleep(Duration::from_millis(200));
+        runs = program.written(a)?.len() > before;
+        Ok(runs)
+    });
+    if !runs {
+        ensure!(
+            a.process(program.pid)?.is_some(),
+            "lost: {} {}",
+            moved.said(),
+            held.out()
+        );
+        let id = moved.event("facts").map(|facts| facts["id"].clone());
+        let id = id.and_then(|id| id.as_str().map(str::to_owned));
+        let id = id.unwrap_or_default();
+        a.sh(&format!("pmig resolve {id} --run-here"))?;
+    }
+    wait("the program's end", LIMIT, || {
+        Ok(program.written(a)?.contains("PASS"))
+    })?;
+    same(&program.written(a)?, &expected)
+}
