@@ -5,7 +5,7 @@ use std::fs::{self, File};
 use nix::sys::utsname::uname;
 use pmig::hold;
 use pmig::journal::{run_dir, state_dir, Folder};
-use pmig::sys::{pagemap, pidfd};
+use pmig::sys::{kmod, pagemap, pidfd};
 use serde::Serialize;
 
 /// One thing a migration needs or profits from.
@@ -65,7 +65,7 @@ pub fn capabilities() -> Vec<Capability> {
         tool(
             "kernel module",
             false,
-            found("/dev/pmig"),
+            module(),
             "without it registers, signals and timers are carried by ptrace; to have it, load pmig.ko",
         ),
     ]
@@ -170,6 +170,14 @@ fn found(path: &str) -> Result<String, String> {
     match fs::symlink_metadata(path) {
         Ok(_) => Ok(path.into()),
         Err(_) => Err(format!("no {path}")),
+    }
+}
+
+fn module() -> Result<String, String> {
+    match kmod::Kmod::open() {
+        Ok(Some(module)) => Ok(format!("{}, version {}", kmod::DEVICE, module.version())),
+        Ok(None) => Err(format!("no {}", kmod::DEVICE)),
+        Err(e) => Err(format!("{} cannot be used: {e}", kmod::DEVICE)),
     }
 }
 

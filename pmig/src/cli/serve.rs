@@ -43,7 +43,7 @@ fn serve(args: &Serve, verbose: Verbose) -> Result<()> {
     Folder::at(&run_dir())?;
     let listener = Listener::bind(&args.listen).context("listen on", &args.listen)?;
     // May have to ask machines that are down.
-    std::thread::spawn(|| resolve::sweep(&files::Shipped));
+    thread(|| resolve::sweep(&files::Shipped))?;
     error_line(&format!("pmig: listening on {}", args.listen));
 
     let greetings = Arc::new(AtomicUsize::new(0));
@@ -65,14 +65,24 @@ fn serve(args: &Serve, verbose: Verbose) -> Result<()> {
         };
         let greeting = Counted::new(&greetings);
         let sessions = sessions.clone();
-        std::thread::spawn(move || {
+        let begun = thread(move || {
             let peer = link.peer();
             if let Err(e) = greet(link, &sessions, greeting, verbose) {
                 tracing::warn!("connection from {}: {e}", printable(&peer));
             }
         });
+        if let Err(e) = begun {
+            tracing::warn!("{e}");
+        }
     }
     Ok(())
+}
+
+fn thread(work: impl FnOnce() + Send + 'static) -> Result<()> {
+    std::thread::Builder::new()
+        .spawn(work)
+        .map(drop)
+        .context("start", "a thread")
 }
 
 /// Waits a moment for a connection.

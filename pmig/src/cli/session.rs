@@ -14,7 +14,7 @@ pub fn run(args: &Session) -> Exit {
         Ok(()) => Exit::Done,
         Err(e) => {
             // serve, whose log this is, may be gone.
-            tracing::warn!("session with {}: {}", args.peer, lines(&e));
+            tracing::warn!("a migration from {} failed: {}", args.peer, lines(&e));
             Exit::Other
         }
     }
