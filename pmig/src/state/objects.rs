@@ -140,6 +140,7 @@ fn pipe_inode(link: &OsStr) -> Option<u64> {
 pub struct Opener {
     roots: Vec<FilePath>,
     admitted: BTreeMap<FilePath, Admitted>,
+    proofs: BTreeMap<FilePath, Vec<u8>>,
 }
 
 /// A regular file that may be opened.
@@ -158,7 +159,19 @@ impl Opener {
         Opener {
             roots,
             admitted: BTreeMap::new(),
+            proofs: BTreeMap::new(),
         }
+    }
+
+    /// Whether a file was compared before, with the same thing said of it on
+    /// both sides: then it need not be read again.
+    pub(crate) fn is_proven(&self, path: &FilePath, proof: &[u8]) -> bool {
+        self.proofs.get(path).is_some_and(|p| p == proof)
+    }
+
+    /// Remembers what was said of a file when it was found to be the right one.
+    pub(crate) fn prove(&mut self, path: FilePath, proof: Vec<u8>) {
+        self.proofs.insert(path, proof);
     }
 
     /// From now on `path` is the file with this device and inode number, which

@@ -42,6 +42,7 @@ pub fn compare(
             Ok((plan, found)) => {
                 if let (Plan::Use, Some(found)) = (&plan, found) {
                     let path = file.path.clone();
+                    opener.prove(path.clone(), proof(file, &found)?);
                     opener.admit(path.clone(), path, found.dev, found.ino);
                 }
                 plans.push(plan);
@@ -109,6 +110,8 @@ fn plan(
     } else if stamp.size != file.stamp.size {
         let sizes = format!("{} bytes here, {} there", file.stamp.size, stamp.size);
         format!("the target has another file there ({sizes})")
+    } else if opener.is_proven(&file.path, &proof(file, &stamp)?) {
+        return Ok((Plan::Use, Some(stamp)));
     } else {
         match file.identity.differs(&there, &file.path)? {
             None => return Ok((Plan::Use, Some(stamp))),
@@ -136,6 +139,15 @@ fn plan(
         }
         (false, _) => refuse(file, why, "install the same one there"),
     }
+}
+
+/// What a comparison rests on: what the file is at the source, and the state it
+/// is in here. A list that comes again at the freeze, with one file more, must
+/// not have all files read again.
+fn proof(file: &FileRef, here: &Stamp) -> Result<Vec<u8>> {
+    let said = (&file.identity, file.stamp.size, here);
+    bincode::serde::encode_to_vec(said, bincode::config::standard())
+        .map_err(|e| Error::bad(&file.path, e))
 }
 
 /// What stands under the file's name, if anything.

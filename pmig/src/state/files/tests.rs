@@ -95,6 +95,28 @@ fn the_same_file_is_used() {
 }
 
 #[test]
+fn a_file_is_read_once_as_long_as_it_stays() {
+    let p = Place::new();
+    fs::write(p.on("data"), vec![1; 50 << 20]).unwrap();
+    let file = File::open(p.on("data")).unwrap();
+    let set = described(&[(&file, &p.path("data"), Use::Read)]);
+    let mut opener = p.opener();
+    let mut took = || {
+        let start = std::time::Instant::now();
+        assert_eq!(
+            compare(&set, &mut opener, false, None).unwrap(),
+            [Plan::Use]
+        );
+        start.elapsed()
+    };
+    let (first, again) = (took(), took());
+    assert!(again * 5 < first, "{first:?}, then {again:?}");
+    std::thread::sleep(Duration::from_millis(20));
+    fs::write(p.on("data"), vec![2; 50 << 20]).unwrap();
+    refused(compare(&set, &mut opener, false, None));
+}
+
+#[test]
 fn a_missing_file_is_shipped_or_refused() {
     let p = Place::new();
     fs::write(p.on("data"), b"hello").unwrap();
