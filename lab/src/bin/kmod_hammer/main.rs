@@ -1,6 +1,8 @@
 //! Hammers on the kernel module: `roundtrip`, `edges`, `mutate N SEED`,
 //! `stress SECONDS`. Runs in a VM whose kernel log is then looked at.
 
+mod bytes;
+mod edges;
 mod raw;
 mod roundtrip;
 mod victim;
@@ -12,6 +14,7 @@ fn main() -> ExitCode {
     let words: Vec<&str> = args.iter().map(String::as_str).collect();
     let outcome = match words[..] {
         ["roundtrip"] => roundtrip::run(),
+        ["edges"] => edges::run(),
         _ => Err("usage: kmod_hammer roundtrip | edges | mutate N SEED | stress SECONDS".into()),
     };
     match outcome {

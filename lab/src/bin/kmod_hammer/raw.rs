@@ -32,6 +32,11 @@ pub fn vfork_and_wait(seconds: u32) {
             "syscall",
             "test rax, rax",
             "jnz 2f",
+            // Dies with its parent.
+            "mov eax, 157",
+            "mov edi, 1",
+            "mov esi, 9",
+            "syscall",
             "mov eax, 35",
             "mov rdi, {spec}",
             "xor esi, esi",
@@ -248,4 +253,127 @@ pub fn alarm_ms(ms: i64) {
     };
     // SAFETY: reads a local.
     unsafe { libc::setitimer(libc::ITIMER_REAL, &timer, std::ptr::null_mut()) };
+}
+
+/// A structure's bytes.
+pub fn bytes_of(pcb: &pmig::sys::kmod::abi::Pcb) -> Vec<u8> {
+    let start = std::ptr::from_ref(pcb).cast::<u8>();
+    // SAFETY: the structure is made of integers without padding (a test of the
+    // pmig crate says so), so every byte is initialised.
+    unsafe { std::slice::from_raw_parts(start, size_of_val(pcb)) }.to_vec()
+}
+
+/// A page that can be read but not written, the start of one that ends where
+/// nothing is mapped, and an address where nothing is.
+pub fn awkward_pages() -> io::Result<[u64; 3]> {
+    // SAFETY: new mappings at addresses of the kernel's choice.
+    unsafe {
+        let map = |prot, len| {
+            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+            let p = libc::mmap(std::ptr::null_mut(), len, prot, flags, -1, 0);
+            if p == libc::MAP_FAILED {
+                Err(io::Error::last_os_error())
+            } else {
+                Ok(p as u64)
+            }
+        };
+        let read_only = map(libc::PROT_READ, 4096)?;
+        let two = map(libc::PROT_READ | libc::PROT_WRITE, 8192)?;
+        libc::munmap((two + 4096) as *mut _, 4096);
+        Ok([read_only, two, two + 4096])
+    }
+}
+
+/// Numbers shared by all processes forked after this.
+pub fn shared_numbers(n: usize) -> io::Result<&'static [std::sync::atomic::AtomicU64]> {
+    // SAFETY: a new mapping of zeroes that is never unmapped.
+    unsafe {
+        let prot = libc::PROT_READ | libc::PROT_WRITE;
+        let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS;
+        let p = libc::mmap(std::ptr::null_mut(), n * 8, prot, flags, -1, 0);
+        if p == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(std::slice::from_raw_parts(p.cast(), n))
+    }
+}
+
+/// Tries to unload the module; the errno.
+pub fn unload_module() -> i32 {
+    // SAFETY: a string and a flag.
+    let r = unsafe { libc::syscall(libc::SYS_delete_module, c"pmig".as_ptr(), libc::O_NONBLOCK) };
+    if r < 0 {
+        errno()
+    } else {
+        0
+    }
+}
+
+/// Becomes an ordinary user, without any capability.
+pub fn become_nobody() {
+    // SAFETY: numbers only.
+    unsafe {
+        libc::setgid(65534);
+        libc::setuid(65534);
+    }
+}
+
+/// Does things whose effect depends on what was restored.
+pub fn exercise() {
+    // SAFETY: plain calls; the process is one that may die of them.
+    unsafe {
+        let brk = libc::syscall(libc::SYS_brk, 0);
+        libc::syscall(libc::SYS_brk, brk + 4096);
+        libc::syscall(libc::SYS_brk, brk);
+        libc::raise(libc::SIGUSR1);
+        libc::sched_yield();
+        libc::syscall(libc::SYS_restart_syscall);
+        let child = libc::fork();
+        if child == 0 {
+            libc::_exit(0);
+        }
+        libc::waitpid(child, std::ptr::null_mut(), 0);
+    }
+}
+
+/// Runs a 32-bit program that waits for ever. Returns only if it cannot.
+pub fn exec_32bit() -> i32 {
+    // An ELF header, one program header, and: mov eax, 29 (pause); int 0x80;
+    // jmp back.
+    let mut elf: Vec<u8> = vec![0x7f, b'E', b'L', b'F', 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+    let half = |v: &mut Vec<u8>, x: u16| v.extend_from_slice(&x.to_le_bytes());
+    let word = |v: &mut Vec<u8>, x: u32| v.extend_from_slice(&x.to_le_bytes());
+    half(&mut elf, 2);
+    half(&mut elf, 3);
+    for x in [1, 0x0804_8054, 52, 0, 0] {
+        word(&mut elf, x);
+    }
+    for x in [52, 32, 1, 0, 0, 0] {
+        half(&mut elf, x);
+    }
+    for x in [1, 0, 0x0804_8000, 0x0804_8000, 0x5d, 0x5d, 5, 4096] {
+        word(&mut elf, x);
+    }
+    elf.extend_from_slice(&[0xb8, 29, 0, 0, 0, 0xcd, 0x80, 0xeb, 0xf7]);
+    // SAFETY: the arrays end with null, the strings live.
+    unsafe {
+        let fd = libc::memfd_create(c"pause32".as_ptr(), 0);
+        libc::write(fd, elf.as_ptr().cast(), elf.len());
+        let argv = [c"pause32".as_ptr(), std::ptr::null()];
+        let path = format!("/proc/self/fd/{fd}\0");
+        libc::execv(path.as_ptr().cast(), argv.as_ptr());
+    }
+    errno()
+}
+
+/// Starts threads that sleep; the calling one waits for a signal.
+pub fn with_threads(n: usize) {
+    for _ in 0..n {
+        std::thread::spawn(|| loop {
+            std::thread::sleep(std::time::Duration::from_millis(3));
+        });
+    }
+    loop {
+        pause();
+    }
 }

@@ -17,14 +17,20 @@ pub struct Victim {
     pub pid: i32,
     pub pidfd: OwnedFd,
     cgroup: Option<PathBuf>,
+    freezer_v1: Option<PathBuf>,
 }
 
 impl Drop for Victim {
     fn drop(&mut self) {
         let pid = nix::unistd::Pid::from_raw(self.pid);
         let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
-        if self.cgroup.is_some() {
+        if let Some(dir) = &self.cgroup {
+            let _ = fs::write(dir.join("cgroup.kill"), "1");
             let _ = self.freeze(false);
+        }
+        if let Some(state) = &self.freezer_v1 {
+            // It holds even the killed.
+            let _ = fs::write(state, "THAWED");
         }
         let flags = nix::sys::wait::WaitPidFlag::__WALL;
         while let Ok(status) = nix::sys::wait::waitpid(pid, Some(flags)) {
@@ -46,6 +52,7 @@ impl Victim {
             pid,
             pidfd: pidfd::open(pid)?,
             cgroup: None,
+            freezer_v1: None,
         })
     }
 
@@ -164,10 +171,62 @@ pub fn refused() -> io::Result<Vec<Refused>> {
     ptrace::cont_to_syscall(syscall.pid, 0)?;
     ptrace::wait(syscall.pid, Duration::from_secs(20))?;
     add("syscall-stop", syscall, libc::EPROTO);
+    let forking = Victim::new(|| loop {
+        std::thread::sleep(Duration::from_millis(1));
+        raw::exercise();
+    })?;
+    ptrace::seize(forking.pid, libc::PTRACE_O_TRACEFORK as usize)?;
+    loop {
+        ptrace::wait(forking.pid, Duration::from_secs(20))?;
+        if ptrace::siginfo(forking.pid)?[8..12] == (1i32 << 8 | libc::SIGTRAP).to_ne_bytes() {
+            break;
+        }
+        ptrace::cont(forking.pid, 0)?;
+    }
+    add("fork event", forking, libc::EPROTO);
+    let narrow = Victim::new(raw::exec_32bit)?;
+    std::thread::sleep(Duration::from_millis(300));
+    if narrow.state().0 == 'S' {
+        narrow.stop()?;
+        add("32-bit", narrow, libc::ENOEXEC);
+    } else {
+        println!("skipped: 32-bit: this kernel does not run such programs");
+    }
+    match frozen_v1() {
+        Ok(victim) => add("version 1 freezer", victim, libc::EINPROGRESS),
+        Err(e) => println!("skipped: version 1 freezer: {e}"),
+    }
     if let Ok(vfork) = frozen_vfork() {
         add("frozen vfork parent", vfork, libc::EINPROGRESS);
     }
     Ok(all)
+}
+
+/// Frozen by cgroup version 1, which stops a task inside its system call.
+fn frozen_v1() -> io::Result<Victim> {
+    const DIR: &str = "/tmp/kmod-hammer-freezer";
+    fs::create_dir_all(DIR)?;
+    if !PathBuf::from(DIR).join("cgroup.procs").exists() {
+        let none = nix::mount::MsFlags::empty();
+        nix::mount::mount(Some("none"), DIR, Some("cgroup"), none, Some("freezer"))?;
+    }
+    let dir = PathBuf::from(DIR).join("hammer");
+    fs::create_dir_all(&dir)?;
+    let mut victim = Victim::new(|| loop {
+        raw::pause();
+    })?;
+    victim.freezer_v1 = Some(dir.join("freezer.state"));
+    fs::write(dir.join("freezer.state"), "THAWED")?;
+    fs::write(dir.join("cgroup.procs"), victim.pid.to_string())?;
+    fs::write(dir.join("freezer.state"), "FROZEN")?;
+    let end = Instant::now() + Duration::from_secs(20);
+    while fs::read_to_string(dir.join("freezer.state"))?.trim() != "FROZEN" {
+        if Instant::now() > end {
+            return Err(io::Error::other("not frozen after 20 s"));
+        }
+        sleep(Duration::from_millis(1));
+    }
+    Ok(victim)
 }
 
 fn frozen_vfork() -> io::Result<Victim> {
