@@ -7,7 +7,7 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 /// More than any size the module accepts, so that a bent size stays inside.
-const ROOM: usize = 32 << 10;
+const ROOM: usize = 20 << 10;
 
 /// A number in one of the structures.
 #[derive(Clone, Debug)]
@@ -170,8 +170,8 @@ impl Bent {
         let mut bent = Bent {
             call: vec![0; ROOM],
             pcb: vec![0; ROOM],
-            xstate: vec![0; 128 << 10],
-            siginfos: vec![0; 256 << 10],
+            xstate: vec![0; ROOM],
+            siginfos: vec![0; ROOM],
         };
         bent.set("size", size_of::<abi::Call>() as u64);
         bent.set("pidfd", pidfd.as_raw_fd() as u64);

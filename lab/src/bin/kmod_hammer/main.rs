@@ -3,8 +3,10 @@
 
 mod bytes;
 mod edges;
+mod mutate;
 mod raw;
 mod roundtrip;
+mod stress;
 mod victim;
 
 use std::process::ExitCode;
@@ -15,6 +17,15 @@ fn main() -> ExitCode {
     let outcome = match words[..] {
         ["roundtrip"] => roundtrip::run(),
         ["edges"] => edges::run(),
+        ["mutate", calls, seed] => match (calls.parse(), seed.parse()) {
+            (Ok(calls), Ok(seed)) => mutate::run(calls, seed),
+            _ => Err("mutate: N and SEED are numbers".into()),
+        },
+        ["stress", seconds] => match seconds.parse() {
+            Ok(seconds) => stress::run(seconds),
+            _ => Err("stress: SECONDS is a number".into()),
+        },
+        ["again"] => stress::again(),
         _ => Err("usage: kmod_hammer roundtrip | edges | mutate N SEED | stress SECONDS".into()),
     };
     match outcome {

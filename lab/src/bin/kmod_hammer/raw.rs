@@ -13,6 +13,10 @@ pub fn fork(body: impl FnOnce() -> i32) -> io::Result<i32> {
         0 => {
             // SAFETY: an orphan would outlive the test; numbers only.
             unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
+            // What bent programs say when they break is of no interest.
+            if let Ok(null) = std::fs::OpenOptions::new().write(true).open("/dev/null") {
+                let _ = nix::unistd::dup2_stderr(&null);
+            }
             let code = body();
             // SAFETY: ends the child without running the parent's handlers.
             unsafe { libc::_exit(code) }
@@ -203,11 +207,6 @@ pub fn altstack() -> (u64, u64, i32) {
     }
 }
 
-pub fn getppid() -> i32 {
-    // SAFETY: no arguments.
-    unsafe { libc::getppid() }
-}
-
 /// Sleeps until a signal ends it.
 pub fn pause() {
     // SAFETY: no arguments.
@@ -223,11 +222,6 @@ pub fn trace_me_and_stop() {
     }
 }
 
-pub fn prctl(option: i32, value: u64) -> i32 {
-    // SAFETY: only called with options that take a number.
-    unsafe { libc::prctl(option, value, 0, 0, 0) }
-}
-
 /// Lowers the number of signals this user may have queued.
 pub fn limit_sigpending(n: u64) {
     let limit = libc::rlimit {
@@ -236,23 +230,6 @@ pub fn limit_sigpending(n: u64) {
     };
     // SAFETY: reads a local.
     unsafe { libc::setrlimit(libc::RLIMIT_SIGPENDING, &limit) };
-}
-
-/// An interval timer that fires once, after `ms`.
-pub fn alarm_ms(ms: i64) {
-    let zero = libc::timeval {
-        tv_sec: 0,
-        tv_usec: 0,
-    };
-    let timer = libc::itimerval {
-        it_interval: zero,
-        it_value: libc::timeval {
-            tv_sec: ms / 1000,
-            tv_usec: ms % 1000 * 1000,
-        },
-    };
-    // SAFETY: reads a local.
-    unsafe { libc::setitimer(libc::ITIMER_REAL, &timer, std::ptr::null_mut()) };
 }
 
 /// A structure's bytes.
@@ -375,5 +352,15 @@ pub fn with_threads(n: usize) {
     }
     loop {
         pause();
+    }
+}
+
+/// Gives way to every other program.
+pub fn be_last() {
+    let none = libc::sched_param { sched_priority: 0 };
+    // SAFETY: reads a local.
+    unsafe {
+        libc::sched_setscheduler(0, libc::SCHED_IDLE, &none);
+        libc::sched_yield();
     }
 }

@@ -5,6 +5,7 @@ use crate::victim::{accepted, module, refused, Victim};
 use pmig::sys::kmod::{abi, Kmod, RawPcb};
 use pmig::sys::ptrace;
 use std::fs::{self, File, OpenOptions};
+use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
@@ -375,8 +376,48 @@ fn one(kmod: &Kmod, wait: Wait) -> Outcome {
     Ok(())
 }
 
+/// Every thread of a stopped process, through its own pidfd.
+fn threads(kmod: &Kmod) -> Outcome {
+    let victim = Victim::new(|| {
+        raw::with_threads(3);
+        0
+    })
+    .map_err(text("fork"))?;
+    let dir = format!("/proc/{}/task", victim.pid);
+    let tids = || -> Vec<i32> {
+        let Ok(entries) = fs::read_dir(&dir) else {
+            return Vec::new();
+        };
+        let name = |e: std::io::Result<fs::DirEntry>| e.ok()?.file_name().into_string().ok();
+        entries.filter_map(|e| name(e)?.parse().ok()).collect()
+    };
+    let end = Instant::now() + Duration::from_secs(20);
+    while tids().len() < 4 && Instant::now() < end {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let pid = nix::unistd::Pid::from_raw(victim.pid);
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGSTOP)
+        .map_err(|e| format!("kill: {e}"))?;
+    victim.wait_state('T').map_err(text("threads"))?;
+    for tid in tids() {
+        let fd = raw::pidfd_of_thread(tid).map_err(text("pidfd of a thread"))?;
+        let one = loop {
+            match kmod.capture(fd.as_fd(), kmod.capture_sections()) {
+                // The stop reaches one thread after the other.
+                Err(e) if e.raw_os_error() == Some(libc::EBUSY) && Instant::now() < end => {}
+                other => break other.map_err(text("capture of a thread"))?,
+            }
+        };
+        let info = one.pcb.info;
+        same("thread", (info.pid, info.tgid, info.nr_threads), (tid, victim.pid, 4))?;
+    }
+    Ok(())
+}
+
 pub fn run() -> Outcome {
     let kmod = module()?;
+    threads(&kmod)?;
+    println!("ok threads");
     for wait in WAITS {
         one(&kmod, wait)?;
     }

@@ -140,6 +140,8 @@ pub fn refused() -> io::Result<Vec<Refused>> {
         })
     };
     let spin = || loop {
+        // It shall run, but not in the others' way.
+        raw::be_last();
         std::hint::spin_loop();
     };
     let idle = || loop {
