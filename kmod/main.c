@@ -6,7 +6,6 @@
  */
 #include <linux/miscdevice.h>
 #include <linux/module.h>
-#include <linux/mutex.h>
 #include <linux/slab.h>
 #include <linux/uaccess.h>
 
@@ -18,9 +17,6 @@
 	 PMIG_SEC_MM)
 #define CAPTURE_SECTIONS (SECTIONS_BOTH | PMIG_SEC_OWN | PMIG_SEC_INFO)
 #define QUEUES		(PMIG_SEC_PENDING | PMIG_SEC_SHARED_PENDING)
-
-/* Two restores at once into one task would mix their steps. */
-static DEFINE_MUTEX(restore_mutex);
 
 struct job {
 	struct pmig_call call;
@@ -69,13 +65,15 @@ static int read_sized(void *to, size_t known, size_t least,
 		      const void __user *from)
 {
 	u32 size;
+	int err;
 
 	if (get_user(size, (const u32 __user *)from))
 		return -EFAULT;
 	if (size < least || size > PAGE_SIZE)
 		return size < least ? -EINVAL : -E2BIG;
-	if (copy_struct_from_user(to, known, from, size))
-		return -E2BIG;
+	err = copy_struct_from_user(to, known, from, size);
+	if (err)
+		return err;
 	/* It may have changed between the two reads. */
 	*(u32 *)to = size;
 	return 0;
@@ -119,7 +117,7 @@ static long ioctl_query(void __user *arg)
 static long ioctl_vmas(void __user *arg)
 {
 	struct pmig_vmas call;
-	int err, err2;
+	int err;
 
 	err = read_sized(&call, sizeof(call), sizeof(call), arg);
 	if (err)
@@ -127,8 +125,7 @@ static long ioctl_vmas(void __user *arg)
 	err = pmig_vmas_list(&call);
 	if (err)
 		return err;
-	err2 = write_sized(arg, &call, sizeof(call), call.size);
-	return err2;
+	return write_sized(arg, &call, sizeof(call), call.size);
 }
 
 /* What both calls ask of their arguments. */
@@ -226,6 +223,8 @@ static int capture_locked(struct job *job)
 
 		c->failed = PMIG_SEC_XSTATE;
 		c->xstate_size = need;
+		if (!need)
+			return -EOPNOTSUPP;
 		if (room < need)
 			return -ENOSPC;
 		err = pmig_xstate_capture(task, job->xstate, need);
@@ -485,14 +484,11 @@ static int run_restore(struct job *job)
 			return err;
 	}
 	c->failed = 0;
-	if (mutex_lock_killable(&restore_mutex))
-		return -EINTR;
 	err = pmig_target_get(&job->tg, c->pidfd, true);
-	if (!err) {
-		err = restore(job);
-		pmig_target_put(&job->tg);
-	}
-	mutex_unlock(&restore_mutex);
+	if (err)
+		return err;
+	err = restore(job);
+	pmig_target_put(&job->tg);
 	return err;
 }
 

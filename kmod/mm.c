@@ -118,7 +118,8 @@ int pmig_exe_restore(struct mm_struct *mm, int exe_fd)
 	if (!file)
 		return -EBADF;
 	err = -EACCES;
-	if (!S_ISREG(file_inode(file)->i_mode) || !(file->f_mode & FMODE_READ))
+	if (!S_ISREG(file_inode(file)->i_mode) ||
+	    !(file_inode(file)->i_mode & 0111) || !(file->f_mode & FMODE_READ))
 		goto out;
 	/* The address space holds this as long as it names the file. */
 	err = exe_file_deny_write_access(file);

@@ -1,11 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0
 /* The restart block: what restart_syscall(2) goes on with. */
 #include <linux/ktime.h>
+#include <linux/errno.h>
 #include <linux/math64.h>
 #include <linux/restart_block.h>
+#include <linux/sched/task_stack.h>
 #include <linux/time64.h>
 #include <linux/timekeeping.h>
 #include <linux/version.h>
+#include <asm/ptrace.h>
 
 #include "pmig.h"
 
@@ -46,6 +49,13 @@ bool pmig_restart_available(void)
 	       pmig_syms.none;
 }
 
+/* The block outlives its call: what cannot be carried matters only in use. */
+static u32 odd_kind(struct task_struct *task, u32 kind)
+{
+	return (long)task_pt_regs(task)->ax == -ERESTART_RESTARTBLOCK ?
+		       kind : PMIG_RESTART_NONE;
+}
+
 void pmig_restart_capture(struct task_struct *task, struct pmig_restart *out)
 {
 	const struct restart_block *rb = &task->restart_block;
@@ -63,7 +73,7 @@ void pmig_restart_capture(struct task_struct *task, struct pmig_restart *out)
 			out->uaddr = (unsigned long)rb->nanosleep.rmtp;
 		} else if (rb->nanosleep.type != TT_NONE) {
 			memset(out, 0, sizeof(*out));
-			out->kind = PMIG_RESTART_OTHER;
+			out->kind = odd_kind(task, PMIG_RESTART_OTHER);
 			return;
 		}
 	} else if (rb->fn == pmig_syms.futex) {
@@ -72,7 +82,7 @@ void pmig_restart_capture(struct task_struct *task, struct pmig_restart *out)
 		if (flags & ~(FLAGS_SIZE_32 | FLAGS_SHARED | FLAGS_CLOCKRT |
 			      FLAGS_HAS_TIMEOUT) ||
 		    !(flags & FLAGS_SIZE_32)) {
-			out->kind = PMIG_RESTART_OTHER;
+			out->kind = odd_kind(task, PMIG_RESTART_OTHER);
 			return;
 		}
 		out->kind = PMIG_RESTART_FUTEX;
@@ -104,12 +114,14 @@ void pmig_restart_capture(struct task_struct *task, struct pmig_restart *out)
 						   rb->poll.tv_nsec;
 		}
 	} else if (rb->fn == pmig_syms.cpu_sleep) {
-		out->kind = PMIG_RESTART_CPU_SLEEP;
+		out->kind = odd_kind(task, PMIG_RESTART_CPU_SLEEP);
+		if (out->kind == PMIG_RESTART_NONE)
+			return;
 		out->clockid = rb->nanosleep.clockid;
 		out->deadline_ns = min_t(u64, rb->nanosleep.expires, KTIME_MAX);
 		return;
 	} else {
-		out->kind = PMIG_RESTART_OTHER;
+		out->kind = odd_kind(task, PMIG_RESTART_OTHER);
 		return;
 	}
 	out->now_ns = clock_now(out->clockid);

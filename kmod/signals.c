@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 /* Signal actions, masks, alternate stack and the pending queues. */
+#include <linux/mutex.h>
 #include <linux/random.h>
 #include <linux/signal.h>
 #include <linux/thread_info.h>
@@ -218,6 +219,9 @@ int pmig_pending_check(const struct pmig_siginfo *in, u32 count, u64 sections)
  */
 #define CARRIER		_NSIG
 
+/* The first of two at once would unblock the carrier under the second. */
+static DEFINE_MUTEX(carrier_mutex);
+
 static bool carried(const struct sigqueue *q, u64 mark)
 {
 	return q->info.si_signo == CARRIER && q->info.si_code == SI_QUEUE &&
@@ -296,17 +300,13 @@ static void nudge(struct task_struct *task, bool all)
 	rcu_read_unlock();
 }
 
-/*
- * Replaces the private queue, the shared one, or both.  Until the last step
- * nothing of the old queues is touched, so a failure leaves them whole.
- */
-int pmig_pending_restore(struct pmig_target *tg, const struct pmig_siginfo *in,
-			 u32 count, u64 sections)
+static int replace_queues(struct pmig_target *tg, const struct pmig_siginfo *in,
+			  u32 count, u64 sections)
 {
 	struct task_struct *task = tg->task;
 	struct sigpending fresh[2];
 	bool was_blocked, was_bare;
-	int err, moved;
+	int err;
 	u32 i;
 
 	for (i = 0; i < 2; i++) {
@@ -349,10 +349,25 @@ int pmig_pending_restore(struct pmig_target *tg, const struct pmig_siginfo *in,
 		if (sections & PMIG_SEC_SHARED_PENDING)
 			replace_queue(&task->signal->shared_pending, &fresh[1]);
 		nudge(task, sections & PMIG_SEC_SHARED_PENDING);
-		moved = pmig_unlock(tg);
-		return moved;
+		return pmig_unlock(tg);
 	}
 	for (i = 0; i < 2; i++)
 		pmig_flush_sigqueue(&fresh[i]);
+	return err;
+}
+
+/*
+ * Replaces the private queue, the shared one, or both.  Until the last step
+ * nothing of the old queues is touched, so a failure leaves them whole.
+ */
+int pmig_pending_restore(struct pmig_target *tg, const struct pmig_siginfo *in,
+			 u32 count, u64 sections)
+{
+	int err;
+
+	if (mutex_lock_killable(&carrier_mutex))
+		return -EINTR;
+	err = replace_queues(tg, in, count, sections);
+	mutex_unlock(&carrier_mutex);
 	return err;
 }

@@ -256,9 +256,11 @@ int pmig_lock_stopped(struct pmig_target *tg)
 int pmig_unlock(struct pmig_target *tg)
 {
 	struct task_struct *task = tg->task;
-	bool moved = smp_load_acquire(&task->on_cpu) ||
-		     switches_of(task) != tg->switches;
+	bool moved;
 
+	/* What was written must be there before the question is asked. */
+	smp_mb();
+	moved = READ_ONCE(task->on_cpu) || switches_of(task) != tg->switches;
 	pmig_unlock_any(tg);
 	return moved ? -EAGAIN : 0;
 }

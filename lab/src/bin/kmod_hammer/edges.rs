@@ -81,7 +81,10 @@ fn settle(victim: &Victim) -> bool {
     }
     // Signals it sends to itself stop it on the way to the stop asked for.
     for _ in 0..20 {
-        if !matches!(ptrace::wait(victim.pid, Duration::from_secs(5)), Ok(Some(_))) {
+        if !matches!(
+            ptrace::wait(victim.pid, Duration::from_secs(5)),
+            Ok(Some(_))
+        ) {
             return false;
         }
         let Ok(info) = ptrace::siginfo(victim.pid) else {
@@ -154,7 +157,11 @@ impl Hammer {
         // Nothing bent is carried over into the next field.
         if let Some(victim) = &self.victim {
             let sections = self.kmod.restore_sections() & !abi::SEC_EXE;
-            if self.kmod.restore(victim.fd(), &raw, sections, None).is_err() {
+            if self
+                .kmod
+                .restore(victim.fd(), &raw, sections, None)
+                .is_err()
+            {
                 self.victim = None;
             }
         }
@@ -275,7 +282,12 @@ impl Hammer {
                 let _ = raw::ioctl(&self.device, abi::IOC_QUERY, &mut call);
             }
         }
-        for request in [abi::IOC_QUERY, abi::IOC_CAPTURE, abi::IOC_RESTORE, abi::IOC_VMAS] {
+        for request in [
+            abi::IOC_QUERY,
+            abi::IOC_CAPTURE,
+            abi::IOC_RESTORE,
+            abi::IOC_VMAS,
+        ] {
             for address in [0, 1, pages[2], 0xffff_8000_0000_0000, u64::MAX] {
                 match raw::ioctl_number(&self.device, request, address) {
                     Err(libc::EFAULT) => {}
@@ -307,7 +319,11 @@ fn states(hammer: &mut Hammer) -> Outcome {
         errno,
     } in refused().map_err(text("victims"))?
     {
-        for bit in (0..64).map(|i| 1u64 << i).filter(|b| both & b != 0).chain([both]) {
+        for bit in (0..64)
+            .map(|i| 1u64 << i)
+            .filter(|b| both & b != 0)
+            .chain([both])
+        {
             let mut bent = Bent::restore(victim.fd(), &raw, bit);
             if bent.call(&hammer.device, abi::IOC_RESTORE) != Err(errno) {
                 return Err(format!("restore {bit:#x} into {name}: not refused"));
@@ -403,7 +419,10 @@ fn queue_limit(hammer: &mut Hammer) -> Outcome {
         .capture(child.fd(), abi::SEC_PENDING | abi::SEC_SIGMASK)
         .map_err(text("capture"))?;
     raw.siginfos = vec![entry; 100];
-    match hammer.kmod.restore(child.fd(), &raw, abi::SEC_PENDING, None) {
+    match hammer
+        .kmod
+        .restore(child.fd(), &raw, abi::SEC_PENDING, None)
+    {
         Err(e) if e.source.raw_os_error() == Some(libc::EAGAIN) => {}
         other => return Err(format!("a hundred signals: {other:?}")),
     }
@@ -452,6 +471,9 @@ pub fn run() -> Outcome {
             hammer.pcb_field(&leaf)?;
         }
     }
-    println!("ok edges: {} calls, {} accepted", hammer.calls, hammer.accepted);
+    println!(
+        "ok edges: {} calls, {} accepted",
+        hammer.calls, hammer.accepted
+    );
     Ok(())
 }

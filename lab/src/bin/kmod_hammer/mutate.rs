@@ -84,7 +84,8 @@ impl Mutator {
             match self.random.below(8) {
                 0 => self.bend_call(bent, request),
                 1 => {
-                    let used = bent.field("xstate_size").clamp(8, bent.xstate.len() as u64) as usize;
+                    let used =
+                        bent.field("xstate_size").clamp(8, bent.xstate.len() as u64) as usize;
                     let offset = self.random.below(used - 7);
                     self.bend_word(&mut bent.xstate, offset, 8);
                 }
@@ -137,10 +138,7 @@ impl Mutator {
         let (mut bent, request) = if restore {
             let mut raw = valid.clone();
             raw.siginfos = self.signals();
-            (
-                Bent::restore(victim.fd(), &raw, sections),
-                abi::IOC_RESTORE,
-            )
+            (Bent::restore(victim.fd(), &raw, sections), abi::IOC_RESTORE)
         } else {
             let bent = Bent::capture(&self.kmod, victim.fd(), sections);
             (bent, abi::IOC_CAPTURE)
@@ -193,7 +191,8 @@ pub fn run(calls: u64, seed: u64) -> Outcome {
                     continue;
                 }
                 restored += 1;
-                if let_run(&busy) {
+                // Not every time: a run costs more than many calls.
+                if m.random.chance(60) || let_run(&busy) {
                     continue;
                 }
                 deaths += 1;

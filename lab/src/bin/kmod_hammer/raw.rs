@@ -354,13 +354,3 @@ pub fn with_threads(n: usize) {
         pause();
     }
 }
-
-/// Gives way to every other program.
-pub fn be_last() {
-    let none = libc::sched_param { sched_priority: 0 };
-    // SAFETY: reads a local.
-    unsafe {
-        libc::sched_setscheduler(0, libc::SCHED_IDLE, &none);
-        libc::sched_yield();
-    }
-}

@@ -409,13 +409,62 @@ fn threads(kmod: &Kmod) -> Outcome {
             }
         };
         let info = one.pcb.info;
-        same("thread", (info.pid, info.tgid, info.nr_threads), (tid, victim.pid, 4))?;
+        same(
+            "thread",
+            (info.pid, info.tgid, info.nr_threads),
+            (tid, victim.pid, 4),
+        )?;
     }
     Ok(())
 }
 
+/// Gives a process another executable, and takes nothing for ever: the file
+/// can be written again when the process is gone.
+fn executable(kmod: &Kmod) -> Outcome {
+    let path = std::env::temp_dir().join("kmod_hammer_exe");
+    fs::copy("/proc/self/exe", &path).map_err(text("copy"))?;
+    let file = File::open(&path).map_err(text("open"))?;
+    let victim = Victim::new(|| loop {
+        raw::pause();
+    })
+    .map_err(text("fork"))?;
+    victim.stop().map_err(text("stop"))?;
+    for _ in 0..3 {
+        kmod.restore(
+            victim.fd(),
+            &RawPcb::empty(),
+            abi::SEC_EXE,
+            Some(file.as_fd()),
+        )
+        .map_err(|e| e.to_string())?;
+    }
+    let link = fs::read_link(format!("/proc/{}/exe", victim.pid)).map_err(text("readlink"))?;
+    same("exe", &link, &path)?;
+    let write = || OpenOptions::new().write(true).open(&path);
+    let busy = |e: std::io::Error| e.raw_os_error() == Some(libc::ETXTBSY);
+    if !write().is_err_and(busy) {
+        return Err("a running executable can be written".into());
+    }
+    drop((victim, file));
+    write().map_err(text("write to what was the executable"))?;
+    let null = File::open("/dev/null").map_err(text("open"))?;
+    let victim = Victim::new(|| 0).map_err(text("fork"))?;
+    let refused = kmod.restore(
+        victim.fd(),
+        &RawPcb::empty(),
+        abi::SEC_EXE,
+        Some(null.as_fd()),
+    );
+    if refused.is_ok() {
+        return Err("a device became an executable".into());
+    }
+    fs::remove_file(&path).map_err(text("remove"))
+}
+
 pub fn run() -> Outcome {
     let kmod = module()?;
+    executable(&kmod)?;
+    println!("ok executable");
     threads(&kmod)?;
     println!("ok threads");
     for wait in WAITS {

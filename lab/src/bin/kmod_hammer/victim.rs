@@ -139,10 +139,13 @@ pub fn refused() -> io::Result<Vec<Refused>> {
             errno,
         })
     };
+    // Awake most of the time, but without taking a whole processor.
     let spin = || loop {
-        // It shall run, but not in the others' way.
-        raw::be_last();
-        std::hint::spin_loop();
+        let begun = Instant::now();
+        while begun.elapsed() < Duration::from_millis(1) {
+            std::hint::spin_loop();
+        }
+        sleep(Duration::from_millis(9));
     };
     let idle = || loop {
         raw::pause();
