@@ -49,6 +49,9 @@ const START: Duration = Duration::from_secs(10);
 /// How long it may take to let go when all is settled.
 const END: Duration = Duration::from_secs(2);
 
+/// More often than this it need not hear that there is progress.
+const EVERY: Duration = Duration::from_millis(200);
+
 const READY: u8 = b'k';
 const STOPPED: u8 = b's';
 const RUNNING: u8 = b'r';
@@ -62,6 +65,8 @@ pub struct Keeper {
     line: UnixStream,
     child: Option<Child>,
     log: PathBuf,
+    /// When it last heard from us.
+    said: Instant,
 }
 
 impl Keeper {
@@ -97,6 +102,7 @@ impl Keeper {
             line,
             child: Some(child),
             log,
+            said: Instant::now(),
         };
         let mut word = [0];
         keeper
@@ -132,9 +138,15 @@ impl Keeper {
         self.say(RUNNING)
     }
 
-    /// There is progress. Costs a microsecond; wanted every second or so while
-    /// the program stands still.
+    /// There is progress. Wanted at least every second while the program stands
+    /// still; cheap enough to be called for every message sent.
+    ///
+    /// # Errors
+    /// The keeper is dead.
     pub fn alive(&mut self) -> Result<()> {
+        if self.said.elapsed() < EVERY {
+            return Ok(());
+        }
         self.say(ALIVE)
     }
 
@@ -158,6 +170,7 @@ impl Keeper {
     }
 
     fn say(&mut self, word: u8) -> Result<()> {
+        self.said = Instant::now();
         match self.line.write(&[word]) {
             Ok(_) => Ok(()),
             // It doesn't listen just now; that is its matter.

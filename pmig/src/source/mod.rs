@@ -411,7 +411,8 @@ impl<'a> Run<'a> {
         self.sync_files(&b.tracker.layout, &descriptors)?;
         self.part("descriptors");
         self.send_layout(&b.tracker, &found)?;
-        self.send_pages(&mut b.tracker, &found, &mut |_, _| Ok(()))?;
+        let keeper = &mut b.keeper;
+        self.send_pages(&mut b.tracker, &found, &mut |_, _| keeper.alive())?;
         b.tracker.owes()?;
         self.part("pages");
 
