@@ -21,9 +21,9 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use nix::sys::signal::{kill, SigSet, Signal};
-use nix::unistd::{dup2_stdin, getppid, setsid, Pid};
+use nix::unistd::{dup2_stdin, dup2_stdout, getppid, setsid, Pid};
 
-use crate::error::{Context, Error, Result};
+use crate::error::{printable, Context, Error, Result};
 use crate::fault::{self, Role};
 use crate::id::Id;
 use crate::journal::{run_dir, Armed, Folder, Stage};
@@ -35,9 +35,9 @@ use crate::sys::inherit::close_from;
 /// commit. `PMIG_PATIENCE_MS` changes it.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// The same after COMMITTING, when nothing can be undone and pmig itself is
-/// asking the target.
-const COMMIT_PATIENCE: Duration = Duration::from_secs(40);
+/// So many times longer after COMMITTING, when nothing can be undone and pmig
+/// itself is asking the target.
+const COMMIT_FACTOR: u32 = 3;
 
 /// How long the target is asked after pmig's death, before a later command or a
 /// person has to.
@@ -93,7 +93,13 @@ impl Keeper {
             .arg0("pmig")
             .args(["keeper", &id.to_string()])
             .stdin(OwnedFd::from(theirs))
-            .stdout(Stdio::null())
+            // Where it says what became of the program if pmig no longer can.
+            .stdout(
+                io::stderr()
+                    .as_fd()
+                    .try_clone_to_owned()
+                    .map_or_else(|_| Stdio::null(), Stdio::from),
+            )
             .stderr(out)
             .current_dir("/")
             .spawn()
@@ -177,7 +183,7 @@ impl Keeper {
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(()),
             Err(_) => Err(Error::bad(
                 "keeper",
-                format!("has died; its log is {}", self.log.display()),
+                format!("it cannot be reached any more; see {}", self.log.display()),
             )),
         }
     }
@@ -240,12 +246,25 @@ pub fn run(id: Id) -> Result<()> {
     let settled =
         matches!(call, Call::Done) && armed.settled()? || end_of_pmig(&armed, pmig, &call, phase)?;
     drop(line);
-    dup2_stdin(&File::open("/dev/null").context("open", "/dev/null")?)
-        .context("close", "the line to pmig")?;
-    let ended = if settled {
-        tell(&armed)
+    let null = File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/null")
+        .context("open", "/dev/null")?;
+    dup2_stdin(&null).context("close", "the line to pmig")?;
+    let held = if settled {
+        None
     } else {
-        finish(&armed, phase)
+        finish(&armed, &call, phase)?
+    };
+    // Whoever reads pmig's output need not wait for what follows.
+    dup2_stdout(&null).context("close", "the output")?;
+    let ended = match held {
+        None => tell(&armed),
+        Some(why) => Err(Error::bad(
+            format!("process {}", armed.record().pid),
+            format!("stays held: {why}"),
+        )),
     };
     if ended.is_ok() {
         let _ = std::fs::remove_file(log_of(id));
@@ -265,22 +284,38 @@ fn end_of_pmig(armed: &Armed, pmig: Pid, call: &Call, phase: Phase) -> Result<bo
     let patience = match armed.abort(&why)? {
         _ if matches!(call, Call::Stalled) => Duration::ZERO,
         Stage::Aborted(..) | Stage::Armed(_) => patience(),
-        Stage::Committing(_) | Stage::Decided(..) => COMMIT_PATIENCE,
+        Stage::Committing(_) | Stage::Decided(..) => patience() * COMMIT_FACTOR,
     };
     Ok(outlive(pmig, patience, armed))
 }
 
-fn finish(armed: &Armed, phase: Phase) -> Result<()> {
-    let why = format!("pmig died in {phase}");
-    let now = resolve::finish(armed, &why, ASK_FOR, || {})?;
-    tracing::info!("migration {}: {now:?}", armed.record().id);
-    match now {
-        Now::Held { why } => Err(Error::bad(
-            format!("process {}", armed.record().pid),
-            format!("stays held: {why}"),
-        )),
-        _ => tell(armed),
-    }
+/// pmig is dead: ends the migration, and says in its place what became of the
+/// program. Returns why it stays held, if it does.
+fn finish(armed: &Armed, call: &Call, phase: Phase) -> Result<Option<String>> {
+    let record = armed.record();
+    let (pid, peer) = (record.pid, printable(&record.peer));
+    let what = match call {
+        Call::Stalled => format!("made no progress in {phase}, so its keeper ended it"),
+        Call::Done | Call::Silent => format!("died in {phase}"),
+    };
+    let now = resolve::finish(armed, &format!("pmig {what}"), ASK_FOR, || {})?;
+    tracing::info!("migration {}: {now:?}", record.id);
+    let place = match &now {
+        Now::RunsHere => format!("{pid} runs on here"),
+        Now::Moved => format!("{pid} runs on {peer}"),
+        Now::Ended => format!("{pid} has ended"),
+        Now::Held { why } => format!(
+            "{pid} is held here, frozen and intact: {why}; see pmig resolve {}",
+            record.id
+        ),
+        Now::Rebooted => format!("{pid} is of another boot"),
+    };
+    // Nobody may be there to read it.
+    let _ = writeln!(io::stdout(), "pmig: {what}\n{place}");
+    Ok(match now {
+        Now::Held { why } => Some(why),
+        _ => None,
+    })
 }
 
 /// If it was aborted, no husk shall stay held at the target.
@@ -355,7 +390,7 @@ impl Watch<'_> {
         Ok(match self.armed.stage()? {
             Stage::Armed(_) | Stage::Aborted(..) => None,
             Stage::Committing(_) | Stage::Decided(..) => {
-                let limit = COMMIT_PATIENCE.max(patience());
+                let limit = patience() * COMMIT_FACTOR;
                 limit.checked_sub(silent).filter(|left| !left.is_zero())
             }
         })

@@ -19,6 +19,7 @@
 //!      (COMMITTING is recorded)
 //!   Commit ----------------------------->      COMMITTED is recorded, thaw
 //!         <-------------------- Committed
+//!   Late ------------------------------->      signals that came meanwhile
 //! ```
 //!
 //! Instead of any answer the target may say Refused or Failed, and closes.
@@ -63,6 +64,9 @@ pub enum ToTarget {
     RoundEnd,
     Final(Box<Final>),
     Commit(Order),
+    /// Signals that were sent to the copy at the source since it was captured,
+    /// as a mask.
+    Late(u64),
 }
 
 /// The first message.

@@ -109,7 +109,12 @@ fn of_target(id: Id) -> Result<Option<Unresolved>> {
         }
         Found::Busy => {
             let husk = Husk::join(id)?;
-            let what = format!("on its way here from {}", printable(&husk.record().peer));
+            let peer = printable(&husk.record().peer);
+            let what = match husk.fate()? {
+                None => format!("on its way here from {peer}"),
+                Some(Fate::Committed(_)) => format!("has come here from {peer}; clearing up"),
+                Some(Fate::Aborted(_)) => format!("did not come from {peer}; clearing up"),
+            };
             Some(describe(husk.record(), true, what))
         }
     })

@@ -177,6 +177,10 @@ pub(super) fn sweep_one(id: Id) -> Result<()> {
     let Found::Mine(armed) = journal::open_source(id)? else {
         return Ok(());
     };
+    if let Stage::Committing(_) = armed.stage()? {
+        let (pid, peer) = (armed.record().pid, &armed.record().peer);
+        tracing::warn!("process {pid} is held here; asking {peer} whether it runs there");
+    }
     let why = "its pmig and its keeper died";
     let now = finish(&armed, why, Duration::ZERO, || {})?;
     tracing::info!("migration {id} of {}: {now:?}", armed.record().pid);

@@ -22,6 +22,7 @@ use crate::journal::{Armed, Committing, Lost, New};
 use crate::keeper::Keeper;
 use crate::lineage;
 use crate::phase::Phase;
+use crate::proc::status::Status;
 use crate::protocol::message::{Accepted, Hello, Ready, ToSource, ToTarget};
 use crate::protocol::{preface, Wire};
 use crate::report::{Event, Facts, Failure, Freeze, Outcome, Progress, Summary};
@@ -32,6 +33,7 @@ use crate::state::memory::{self, Kernel, Layout, Tracker, PAGE};
 use crate::state::paths::FilePath;
 use crate::state::pcb::{self, Backend, CaptureContext, MachineFacts, PcbChoice};
 use crate::state::restart::{ProgramClock, Watch as RestartWatch};
+use crate::state::signals::Signals;
 use crate::tracee::{Ground, Stopped};
 use crate::transport::{self, Addr};
 use files::SourceFiles;
@@ -149,6 +151,8 @@ struct Run<'a> {
     /// For the freeze's parts.
     lap: Instant,
     stopped_at: Option<Reading>,
+    /// As captured.
+    signals: Option<Signals>,
 }
 
 /// What exists from the build on, and must be undone.
@@ -257,6 +261,7 @@ impl<'a> Run<'a> {
             freeze: Freeze::default(),
             lap: Instant::now(),
             stopped_at: None,
+            signals: None,
         };
         if !ask_only {
             run.compare_clocks()?;
@@ -423,6 +428,7 @@ impl<'a> Run<'a> {
         let pcb = self.backend.capture(&mut stopped, &context)?;
         self.part("pcb");
 
+        self.signals = Some(pcb.signals.clone());
         let shipped = self.files.last_pass(&mut self.wire)?;
         self.part("files");
         self.wire
@@ -463,6 +469,14 @@ impl<'a> Run<'a> {
         self.wait_in_parts(there);
         fault::point(Phase::Ready, Role::Source, || self.wire.link().cut());
         interrupt::check()?;
+        let late = self.late_signals()?;
+        if late != 0 {
+            return Err(Error::Refused(vec![Obstacle::new(
+                "signals",
+                format!("one came in the moment of the move (mask {late:#x})"),
+                "try again",
+            )]));
+        }
         b.keeper.enter(Phase::Commit)?;
         b.armed.commit().map_err(|lost| match lost {
             Lost::Aborted { why } => Error::bad("migration", format!("was aborted: {why}")),
@@ -524,6 +538,7 @@ impl<'a> Run<'a> {
             }
         };
         let summary = self.summary(id.clone(), begun, at);
+        self.forward_late_signals();
         if let Err(error) = self.files.left_behind(&self.preview.lineage) {
             self.progress.event(&Event::Note {
                 text: format!("what was left behind could not be noted: {error}"),
@@ -538,6 +553,26 @@ impl<'a> Run<'a> {
         b.keeper.done();
         self.progress.event(&Event::Done(summary.clone()));
         Ok(summary)
+    }
+
+    /// Signals sent to the program since it was captured.
+    fn late_signals(&self) -> Result<u64> {
+        let captured = self.signals.as_ref();
+        captured.map_or(Ok(0), |s| Ok(s.arrived_since(&Status::read(self.pid)?)))
+    }
+
+    /// What was sent to the copy here after the commit is for the program
+    /// there.
+    fn forward_late_signals(&mut self) {
+        let told = self.late_signals().and_then(|mask| {
+            self.wire.send(&ToTarget::Late(mask))?;
+            Ok(mask)
+        });
+        match told {
+            Ok(0) => {}
+            Ok(mask) => tracing::info!("signals {mask:#x} were passed on"),
+            Err(e) => tracing::warn!("signals that came last may be lost: {e}"),
+        }
     }
 
     fn summary(&mut self, id: String, begun: Instant, at: Option<Reading>) -> Summary {

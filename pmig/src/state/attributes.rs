@@ -39,9 +39,11 @@ pub struct Attributes {
     pub mdwe: u32,
     /// PR_GET_MEMORY_MERGE.
     pub memory_merge: bool,
-    /// PR_GET_SPECULATION_CTRL of store bypass, indirect branch, L1D flush.
+    /// PR_GET_SPECULATION_CTRL of store bypass, indirect branch, L1D flush,
+    /// where the process changed it; else 0.
     pub speculation: [u32; 3],
-    /// Extended state that needs a permission (ARCH_GET_XCOMP_PERM), as AMX.
+    /// Extended state that needs a permission and has it (ARCH_GET_XCOMP_PERM):
+    /// bit 18 for AMX.
     pub xstate_permission: u64,
 }
 
@@ -202,8 +204,12 @@ impl Attributes {
             mce_kill: or(asked.mce, 2),
             mdwe: or(asked.mdwe, 0),
             memory_merge: or(asked.merge, 0) != 0,
-            speculation: asked.speculation.map(|c| or(c, 0)),
-            xstate_permission: super::words::u64_at(done.bytes(asked.permission), 0),
+            speculation: asked.speculation.map(|c| match or(c, 0) {
+                state if state & SPEC_PRCTL != 0 => state & SPEC_CHANGED,
+                _ => 0,
+            }),
+            xstate_permission: super::words::u64_at(done.bytes(asked.permission), 0)
+                & (1 << XTILE_DATA),
             ..Attributes::default()
         };
         all.add_files(pid)?;
@@ -321,7 +327,7 @@ impl Attributes {
             set("set memory merging", PR_SET_MEMORY_MERGE, 1, 0);
         }
         for (which, state) in SPECULATIONS.iter().zip(self.speculation) {
-            if state & SPEC_PRCTL != 0 && state & SPEC_CHANGED != 0 {
+            if state & SPEC_CHANGED != 0 {
                 // A processor that is not affected refuses, and needs nothing.
                 batch.may_fail(
                     "set the speculation control",

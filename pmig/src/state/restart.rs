@@ -27,14 +27,16 @@ use crate::proc::timers::{self, Sleeper};
 use crate::sys::ptrace::Regs;
 use crate::tracee::{Primed, RemoteAddr, Stopped, DATA};
 
-/// "Go on with the restart block" (include/linux/errno.h, not for user space).
+/// "Make the call again unless a handler runs" and "go on with the restart
+/// block" (include/linux/errno.h, not for user space).
+const ERESTARTNOHAND: i64 = -514;
 pub const ERESTART_RESTARTBLOCK: i64 = -516;
 
-const NANOSLEEP: i64 = libc::SYS_nanosleep;
-const CLOCK_NANOSLEEP: i64 = libc::SYS_clock_nanosleep;
-const POLL: i64 = libc::SYS_poll;
-const FUTEX: i64 = libc::SYS_futex;
-const RESTART: i64 = libc::SYS_restart_syscall;
+pub(super) const NANOSLEEP: i64 = libc::SYS_nanosleep;
+pub(super) const CLOCK_NANOSLEEP: i64 = libc::SYS_clock_nanosleep;
+pub(super) const POLL: i64 = libc::SYS_poll;
+pub(super) const FUTEX: i64 = libc::SYS_futex;
+pub(super) const RESTART: i64 = libc::SYS_restart_syscall;
 
 /// FUTEX_WAIT and FUTEX_WAIT_BITSET without their flags.
 const FUTEX_WAIT: u64 = 0;
@@ -51,6 +53,9 @@ pub enum Restart {
     /// By the registers, or there is none.
     #[default]
     Registers,
+    /// By making the call of this number again: it had a restart block, and
+    /// needs none, since its arguments name its end or it has none.
+    Again(i64),
     /// By a restart block, until a deadline.
     Timed(Timed),
 }
@@ -61,9 +66,8 @@ pub struct Timed {
     /// nanosleep, clock_nanosleep, poll or futex, by number.
     pub call: i64,
     pub args: [u64; 6],
-    /// When it ends, in ns of the program's CLOCK_MONOTONIC; `None`: it does
-    /// not end by time (poll with a negative timeout).
-    pub deadline: Option<i64>,
+    /// When it ends, in ns of the program's CLOCK_MONOTONIC.
+    pub deadline: i64,
 }
 
 /// The program's CLOCK_MONOTONIC: this machine's, shifted by a time namespace.
@@ -102,7 +106,7 @@ struct Look {
 /// when it was let go on in it.
 #[derive(Debug, Clone, Copy)]
 struct Known {
-    timed: Timed,
+    restart: Restart,
     voluntary_switches: u64,
     stack: u64,
     instruction: u64,
@@ -119,7 +123,8 @@ struct Known {
 pub struct Watch {
     look: Option<Look>,
     known: Option<Known>,
-    now: Option<Timed>,
+    now: Option<Restart>,
+    idle: bool,
 }
 
 impl Watch {
@@ -127,9 +132,19 @@ impl Watch {
         Watch::default()
     }
 
+    /// One that does nothing: the kernel module knows deadlines by itself.
+    pub fn idle() -> Watch {
+        Watch {
+            idle: true,
+            ..Watch::default()
+        }
+    }
+
     /// Looks at the running process; cheap, and stops nothing.
     pub fn before(&mut self, pid: i32) {
-        self.look = look(pid);
+        if !self.idle {
+            self.look = look(pid);
+        }
     }
 
     /// Works out the deadline of the wait that the stop interrupted, if one
@@ -140,19 +155,19 @@ impl Watch {
     pub fn stopped(&mut self, stopped: &Stopped, clock: ProgramClock) -> Result<()> {
         let regs = stopped.regs();
         self.now = None;
-        if regs.rax as i64 == ERESTART_RESTARTBLOCK {
+        if regs.rax as i64 == ERESTART_RESTARTBLOCK && !self.idle {
             self.now = self.find(stopped, &regs, clock)?;
         }
         Ok(())
     }
 
-    fn find(&self, stopped: &Stopped, regs: &Regs, clock: ProgramClock) -> Result<Option<Timed>> {
+    fn find(&self, stopped: &Stopped, regs: &Regs, clock: ProgramClock) -> Result<Option<Restart>> {
         let now = clock.now();
         let args = args_of(regs);
         let call = match regs.orig_rax as i64 {
             RESTART => {
-                if let Some(timed) = self.remembered() {
-                    return Ok(Some(timed));
+                if let Some(restart) = self.remembered() {
+                    return Ok(Some(restart));
                 }
                 match self.look.as_ref().and_then(|l| guess(&l.place, &args)) {
                     Some(call) => call,
@@ -161,16 +176,18 @@ impl Watch {
             }
             call => call,
         };
-        let timed = |deadline| {
-            Ok(Some(Timed {
-                call,
-                args,
-                deadline,
+        let timed = |deadline: Option<i64>| {
+            Ok(deadline.map(|deadline| {
+                Restart::Timed(Timed {
+                    call,
+                    args,
+                    deadline,
+                })
             }))
         };
         let wait = match wait(call, &args) {
             None => return Ok(None),
-            Some(Wait::Registers) => return timed(None),
+            Some(Wait::Registers) => return Ok(Some(Restart::Again(call))),
             // The kernel has just written there what was left at the stop.
             Some(Wait::Relative { left, .. }) if left != 0 => {
                 let left = read_time(stopped, left)?;
@@ -187,10 +204,8 @@ impl Watch {
         if !continuous(look, regs, &after) {
             // It went to sleep after the look, a moment ago: late by no more
             // than that. A restarted call may be older.
-            return match call == regs.orig_rax as i64 {
-                true => timed(Some(now.saturating_add(wait))),
-                false => Ok(None),
-            };
+            let fresh = call == regs.orig_rax as i64;
+            return timed(fresh.then(|| now.saturating_add(wait)));
         }
         // Of a restarted call this is not the beginning.
         let slept = (call == regs.orig_rax as i64)
@@ -218,13 +233,13 @@ impl Watch {
 
     /// The wait as found at the stop before, if this is still the same one: the
     /// process has gone to sleep just once since.
-    fn remembered(&self) -> Option<Timed> {
+    fn remembered(&self) -> Option<Restart> {
         let (k, look) = (self.known?, self.look.as_ref()?);
         let call = look.call?;
         (call.number == RESTART
             && look.sched.voluntary_switches == k.voluntary_switches + 1
             && (call.stack, call.instruction) == (k.stack, k.instruction))
-            .then_some(k.timed)
+            .then_some(k.restart)
     }
 
     /// Remembers the wait for the next stop; `stopped` is settled by it, and
@@ -233,11 +248,14 @@ impl Watch {
     /// # Errors
     /// Those of [`Stopped::settle`].
     pub fn going_on(&mut self, stopped: &mut Stopped) -> Result<()> {
+        if self.idle {
+            return Ok(());
+        }
         stopped.settle()?;
         let regs = stopped.regs();
-        self.known = self.now.take().and_then(|timed| {
+        self.known = self.now.take().and_then(|restart| {
             Some(Known {
-                timed,
+                restart,
                 voluntary_switches: Sched::read(stopped.pid()).ok()?.voluntary_switches,
                 stack: regs.rsp,
                 instruction: regs.rip,
@@ -294,13 +312,13 @@ fn vanished(
         .collect()
 }
 
-fn args_of(r: &Regs) -> [u64; 6] {
+pub(super) fn args_of(r: &Regs) -> [u64; 6] {
     [r.rdi, r.rsi, r.rdx, r.r10, r.r8, r.r9]
 }
 
 /// What a call waits for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Wait {
+pub(super) enum Wait {
     /// Its registers say it whenever it is made: for ever, or until an
     /// absolute time.
     Registers,
@@ -314,7 +332,7 @@ enum Wait {
 }
 
 /// `None` where it is none of the calls known here.
-fn wait(call: i64, args: &[u64; 6]) -> Option<Wait> {
+pub(super) fn wait(call: i64, args: &[u64; 6]) -> Option<Wait> {
     let command = args[1] & FUTEX_COMMAND;
     match call {
         NANOSLEEP => Some(Wait::Relative {
@@ -340,7 +358,7 @@ fn wait(call: i64, args: &[u64; 6]) -> Option<Wait> {
 
 /// Which call was restarted, by the kernel function it sleeps in. The two
 /// sleeps are told apart by their first argument: no timespec lies at 0 to 11.
-fn guess(place: &str, args: &[u64; 6]) -> Option<i64> {
+pub(super) fn guess(place: &str, args: &[u64; 6]) -> Option<i64> {
     if place.contains("nanosleep") {
         Some(if relative_clock(args) {
             CLOCK_NANOSLEEP
@@ -365,7 +383,7 @@ fn read_time(stopped: &Stopped, at: u64) -> Result<Option<i64>> {
 /// Relative sleeps on clocks that all advance alike while the machine is up:
 /// CLOCK_REALTIME (0), MONOTONIC (1), BOOTTIME (7), TAI (11).
 fn relative_clock(args: &[u64; 6]) -> bool {
-    args[1] & TIMER_ABSTIME == 0 && matches!(args[0] as u32, 0 | 1 | 7 | 11)
+    args[1] & TIMER_ABSTIME == 0 && matches!(args[0], 0 | 1 | 7 | 11)
 }
 
 fn nanoseconds(timespec: &[u8; 16]) -> Option<i64> {
@@ -386,12 +404,40 @@ impl Restart {
             return Ok(Restart::Registers);
         }
         match watch.now {
-            Some(timed) => Ok(Restart::Timed(timed)),
-            None => Err(Error::Refused(vec![Obstacle::new(
-                format!("system call {}", regs.orig_rax as i64),
-                "it waits until a moment that the kernel does not tell",
+            Some(restart) => Ok(restart),
+            None => Err(Error::Refused(vec![Restart::unknown(
+                &regs,
                 "try again when the program is elsewhere, or load pmig.ko",
             )])),
+        }
+    }
+
+    pub(super) fn unknown(regs: &Regs, remedy: &str) -> Obstacle {
+        Obstacle::new(
+            format!("system call {}", regs.orig_rax as i64),
+            "it waits until a moment that the kernel does not tell",
+            remedy,
+        )
+    }
+
+    /// What [`Restart::restore`] or the kernel module is to put in place, if
+    /// anything, and the registers that go with it.
+    ///
+    /// # Errors
+    /// [`Error::Bad`] where registers and restart do not go together.
+    pub(super) fn with(&self, regs: &Regs) -> Result<(Regs, Option<&Timed>)> {
+        let mut regs = *regs;
+        let blocked = regs.rax as i64 == ERESTART_RESTARTBLOCK;
+        match self {
+            Restart::Registers if !blocked => Ok((regs, None)),
+            Restart::Again(call) if blocked && *call >= 0 => {
+                // As with a restart block, a handler ends the call with EINTR.
+                regs.rax = ERESTARTNOHAND as u64;
+                regs.orig_rax = *call as u64;
+                Ok((regs, None))
+            }
+            Restart::Timed(timed) if blocked => Ok((regs, Some(timed))),
+            _ => Err(Error::bad("interrupted call", "does not fit its registers")),
         }
     }
 
@@ -402,16 +448,13 @@ impl Restart {
     /// # Errors
     /// [`Error::Bad`] for a call that is none of those above; ptrace's own.
     pub fn restore(&self, stopped: &mut Stopped, regs: &Regs, clock: ProgramClock) -> Result<Regs> {
-        let mut regs = *regs;
-        let Restart::Timed(timed) = self else {
-            if regs.rax as i64 == ERESTART_RESTARTBLOCK {
-                return Err(Error::bad("interrupted call", "has no restart block"));
-            }
+        let (mut regs, timed) = self.with(regs)?;
+        let Some(timed) = timed else {
             return Ok(regs);
         };
         let (args, data) = timed.remaining(clock.now())?;
         match stopped.prime(timed.call, args, &data)? {
-            Primed::Armed => regs.rax = ERESTART_RESTARTBLOCK as u64,
+            Primed::Armed => {}
             Primed::Finished(result) => {
                 // It is due: the program gets the result the kernel gave.
                 regs.rax = result as u64;
@@ -425,28 +468,25 @@ impl Restart {
 impl Timed {
     /// The call with what is left of its time, and the data for [`DATA`].
     fn remaining(&self, now: i64) -> Result<([u64; 6], Vec<u8>)> {
-        let left = self.deadline.map(|d| d.saturating_sub(now).max(0));
+        let left = self.deadline.saturating_sub(now).max(0);
         let mut args = self.args;
-        let wait = wait(self.call, &args).ok_or_else(|| {
-            Error::bad(
-                "interrupted call",
-                format!("system call {} has no restart block", self.call),
-            )
-        })?;
-        let place = match (wait, self.call) {
-            (Wait::Registers, _) => return Ok((args, Vec::new())),
-            (Wait::Milliseconds(_), _) => {
-                let left = left.ok_or_else(|| Error::bad("interrupted call", "has no end"))?;
+        let place = match (wait(self.call, &args), self.call) {
+            (Some(Wait::Milliseconds(_)), _) => {
                 // Rounded up: a wait may end late, never early.
                 let ms = left.saturating_add(999_999) / 1_000_000;
                 args[2] = ms.min(i32::MAX as i64) as u64;
                 return Ok((args, Vec::new()));
             }
-            (Wait::Relative { .. }, NANOSLEEP) => 0,
-            (Wait::Relative { .. }, CLOCK_NANOSLEEP) => 2,
-            (Wait::Relative { .. }, _) => 3,
+            (Some(Wait::Relative { .. }), NANOSLEEP) => 0,
+            (Some(Wait::Relative { .. }), CLOCK_NANOSLEEP) => 2,
+            (Some(Wait::Relative { .. }), _) => 3,
+            _ => {
+                return Err(Error::bad(
+                    "interrupted call",
+                    format!("system call {} has no restart block", self.call),
+                ))
+            }
         };
-        let left = left.ok_or_else(|| Error::bad("interrupted call", "has no end"))?;
         args[place] = DATA;
         Ok((
             args,
@@ -459,7 +499,7 @@ impl Timed {
 mod tests {
     use super::*;
 
-    fn timed(call: i64, args: [u64; 6], deadline: Option<i64>) -> Timed {
+    fn timed(call: i64, args: [u64; 6], deadline: i64) -> Timed {
         Timed {
             call,
             args,
@@ -469,7 +509,7 @@ mod tests {
 
     #[test]
     fn a_sleep_has_what_is_left() {
-        let t = timed(NANOSLEEP, [10, 20, 0, 0, 0, 0], Some(5 * SECOND));
+        let t = timed(NANOSLEEP, [10, 20, 0, 0, 0, 0], 5 * SECOND);
         let (args, data) = t.remaining(2 * SECOND - 1).unwrap();
         assert_eq!((args[0], args[1]), (DATA, 20));
         assert_eq!((u64_at(&data, 0), u64_at(&data, 8)), (3, 1));
@@ -479,14 +519,28 @@ mod tests {
 
     #[test]
     fn poll_is_never_early() {
-        let t = timed(POLL, [1, 2, 500, 0, 0, 0], Some(1_000_001));
+        let t = timed(POLL, [1, 2, 500, 0, 0, 0], 1_000_001);
         assert_eq!(t.remaining(0).unwrap().0[2], 2);
-        let t = timed(POLL, [1, 2, u32::MAX as u64, 0, 0, 0], None);
-        assert_eq!(t.remaining(0).unwrap().0[2] as u32 as i32, -1);
-        let t = timed(POLL, [0; 6], Some(i64::MAX));
+        let t = timed(POLL, [0; 6], i64::MAX);
         assert_eq!(t.remaining(0).unwrap().0[2], i32::MAX as u64);
-        let t = timed(FUTEX, [1, FUTEX_WAIT_BITSET | 128, 3, 4, 0, 6], None);
-        assert_eq!(t.remaining(0).unwrap().0, t.args);
+    }
+
+    #[test]
+    fn registers_and_restart_go_together() {
+        let blocked = Regs {
+            rax: ERESTART_RESTARTBLOCK as u64,
+            orig_rax: RESTART as u64,
+            ..Regs::default()
+        };
+        let (regs, none) = Restart::Again(FUTEX).with(&blocked).unwrap();
+        assert_eq!((regs.rax as i64, regs.orig_rax as i64), (-514, FUTEX));
+        assert!(none.is_none());
+        let sleep = Restart::Timed(timed(NANOSLEEP, [0; 6], 1));
+        assert!(sleep.with(&blocked).unwrap().1.is_some());
+        assert!(Restart::Registers.with(&blocked).is_err());
+        assert!(sleep.with(&Regs::default()).is_err());
+        assert!(Restart::Again(-1).with(&blocked).is_err());
+        assert!(Restart::Registers.with(&Regs::default()).is_ok());
     }
 
     #[test]
@@ -496,10 +550,11 @@ mod tests {
             (CLOCK_NANOSLEEP, [1, TIMER_ABSTIME, 0, 0, 0, 0]),
             (CLOCK_NANOSLEEP, [3, 0, 0, 0, 0, 0]),
             (FUTEX, [0, 1, 0, 0, 0, 0]),
+            (FUTEX, [0, FUTEX_WAIT_BITSET, 0, 1, 0, 0]),
+            (POLL, [0, 0, u32::MAX as u64, 0, 0, 0]),
         ] {
-            assert!(timed(call, args, Some(1)).remaining(0).is_err(), "{call}");
+            assert!(timed(call, args, 1).remaining(0).is_err(), "{call}");
         }
-        assert!(timed(NANOSLEEP, [0; 6], None).remaining(0).is_err());
     }
 
     #[test]

@@ -62,7 +62,7 @@ impl SigInfo {
 
     /// What the kernel tells of a signal for which it had no memory to keep
     /// the sender: SI_USER from nobody.
-    fn bare(signal: u32) -> SigInfo {
+    pub(super) fn bare(signal: u32) -> SigInfo {
         let mut words = [0; 16];
         words[0] = signal as u64;
         SigInfo(words)
@@ -157,6 +157,18 @@ impl Signals {
         }
     }
 
+    /// # Errors
+    /// [`Error::Bad`] for what no kernel would have told.
+    pub fn check(&self) -> Result<()> {
+        if self.actions.len() != COUNT {
+            return Err(Error::bad("signal actions", "not 64 of them"));
+        }
+        if (self.private.len() + self.shared.len()) * 128 > MAX_QUEUED {
+            return Err(Error::bad("queued signals", "too many to be true"));
+        }
+        Ok(())
+    }
+
     /// Actions, signal stack and queues; the mask goes last, with the
     /// registers. Handlers come before queues: a signal that is set to be
     /// ignored is thrown out of them.
@@ -165,12 +177,7 @@ impl Signals {
     /// [`Error::Bad`] for what no kernel would have told, [`Error::Refused`]
     /// for a queued signal that cannot be sent from inside.
     pub fn restore(&self, batch: &mut Batch, pid: i32) -> Result<()> {
-        if self.actions.len() != COUNT {
-            return Err(Error::bad("signal actions", "not 64 of them"));
-        }
-        if (self.private.len() + self.shared.len()) * 128 > MAX_QUEUED {
-            return Err(Error::bad("queued signals", "too many to be true"));
-        }
+        self.check()?;
         for (i, a) in self.actions.iter().enumerate() {
             let signal = i as i32 + 1;
             if signal == libc::SIGKILL || signal == libc::SIGSTOP {

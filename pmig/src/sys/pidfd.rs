@@ -25,12 +25,17 @@ pub fn get(process: BorrowedFd<'_>, fd: i32) -> io::Result<OwnedFd> {
 
 /// Kills that process. One that is gone already is no error.
 pub fn kill(process: BorrowedFd<'_>) {
+    send_signal(process, libc::SIGKILL);
+}
+
+/// Sends it a signal, as kill(2) would. One that is gone is no error.
+pub fn send_signal(process: BorrowedFd<'_>, signal: i32) {
     // SAFETY: numbers and a null pointer, which means no siginfo.
     unsafe {
         libc::syscall(
             libc::SYS_pidfd_send_signal,
             process.as_raw_fd(),
-            libc::SIGKILL,
+            signal,
             0usize,
             0,
         )

@@ -28,7 +28,7 @@ use crate::state::fd::{FdTable, Opened};
 use crate::state::memory::{Kernel, Layout};
 use crate::state::pcb::{self, Backend, MachineFacts, PcbChoice, PcbSupplies};
 use crate::state::restart::ProgramClock;
-use crate::sys::timens;
+use crate::sys::{pidfd, timens};
 use crate::tracee::Batch;
 use files::TargetFiles;
 
@@ -38,6 +38,8 @@ pub use files::NotedFiles;
 const PATIENCE: Duration = Duration::from_secs(120);
 /// How long a husk waits, ready, for the order to run.
 const COMMIT_PATIENCE: Duration = Duration::from_secs(30);
+/// How long the last word of a source is waited for.
+const LATE: Duration = Duration::from_secs(2);
 /// How long a source that was refused may go on sending before it is cut off.
 const DRAIN: Duration = Duration::from_secs(2);
 
@@ -144,6 +146,7 @@ fn consider(hello: &Hello, files: &mut TargetFiles, backend: &Backend) -> Result
             "end that process there, or try again later",
         ));
     }
+    obstacles.extend(short_of_memory(preview, &here.host)?);
     let ship = match files.compare(&preview.files) {
         Ok(ship) => ship,
         Err(Error::Refused(more)) => {
@@ -172,6 +175,30 @@ fn consider(hello: &Hello, files: &mut TargetFiles, backend: &Backend) -> Result
     })
 }
 
+/// Memory that is needed beside the program's own.
+const SPARE: u64 = 16 << 20;
+
+/// Whether the program's memory would fit now.
+fn short_of_memory(preview: &Preview, host: &str) -> Result<Option<Obstacle>> {
+    let text = std::fs::read_to_string("/proc/meminfo").context("read", "/proc/meminfo")?;
+    let free = text
+        .lines()
+        .find_map(|l| l.strip_prefix("MemAvailable:"))
+        .and_then(|v| v.trim().strip_suffix(" kB")?.parse::<u64>().ok())
+        .map_or(u64::MAX, |kb| kb.saturating_mul(1024));
+    Ok((preview.bytes.saturating_add(SPARE) > free).then(|| {
+        Obstacle::new(
+            "memory",
+            format!(
+                "the program has {} MB, and {host} has {} MB left",
+                preview.bytes >> 20,
+                free >> 20
+            ),
+            "free memory there",
+        )
+    }))
+}
+
 /// What exists from the build on.
 struct Building {
     preview: Preview,
@@ -181,6 +208,8 @@ struct Building {
     files: TargetFiles,
     descriptors: Opened,
     mapped: BTreeMap<u32, OwnedFd>,
+    /// The process, once its cgroup holds it.
+    process: Option<OwnedFd>,
 }
 
 impl Building {
@@ -231,6 +260,7 @@ impl Building {
                 files,
                 descriptors,
                 mapped,
+                process: None,
             }),
             Err(e) => {
                 if let Err(e) = hold.kill() {
@@ -363,7 +393,7 @@ impl Building {
         let hold = self.hold.take().ok_or_else(no_husk)?;
         hold.freeze(hold::PATIENCE)?;
         let husk = self.husk.take().ok_or_else(no_husk)?;
-        husk.let_go()?;
+        self.process = Some(husk.let_go()?);
         part(&mut times.hold);
         Ok(times)
     }
@@ -391,6 +421,7 @@ impl Building {
         let Building {
             mut files,
             descriptors,
+            process,
             ..
         } = self;
         // While this lives, so do both ends of every pipe.
@@ -403,6 +434,7 @@ impl Building {
         if let Err(e) = lineage::note(hello.preview.needs.pid, &hello.preview.lineage) {
             tracing::warn!("where the program came from is not noted: {e}");
         }
+        pass_on_late_signals(wire, process);
         files.sync();
         placed?;
         committed.settle()?;
@@ -472,6 +504,17 @@ fn raise_descriptor_limit() {
     use nix::sys::resource::{getrlimit, setrlimit, Resource};
     if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
         let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
+    }
+}
+
+/// Hears what was sent to the copy at the source after it was captured.
+fn pass_on_late_signals(wire: &mut Wire, process: Option<OwnedFd>) {
+    let heard = wire.set_deadline(LATE).and_then(|()| wire.recv());
+    let (Ok(ToTarget::Late(mask)), Some(process)) = (heard, process) else {
+        return;
+    };
+    for signal in (1..=64).filter(|s| mask >> (s - 1) & 1 == 1) {
+        pidfd::send_signal(process.as_fd(), signal);
     }
 }
 

@@ -38,6 +38,9 @@ use look::{Name, Subject};
 /// The most descriptors that are carried.
 pub const MAX_FDS: usize = 1 << 16;
 
+/// The most bytes all pipes together may hold.
+const MAX_PIPES: u64 = 4 << 30;
+
 /// Status flags fcntl(2) `F_SETFL` can change on an open description.
 pub(crate) const SETTABLE: i32 =
     libc::O_APPEND | libc::O_NONBLOCK | libc::O_DIRECT | libc::O_NOATIME;
@@ -218,7 +221,13 @@ impl FdTable {
         if ends.contains(&false) {
             return bad("a pipe has no end");
         }
-        self.pipes.iter().try_for_each(Pipe::check)
+        self.pipes.iter().try_for_each(Pipe::check)?;
+        // A pipe's size costs the kernel memory even while it is empty.
+        let total: u64 = self.pipes.iter().map(Pipe::size).sum();
+        if total > MAX_PIPES {
+            return bad("has more room in pipes than is taken");
+        }
+        Ok(())
     }
 
     /// Whether the other table differs by nothing but what can be changed on

@@ -8,6 +8,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use nix::fcntl::{fcntl, open, tee, FcntlArg, OFlag, SpliceFFlags};
+use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use nix::sys::stat::Mode;
 use nix::unistd::{pipe2, read, write};
 use serde::{Deserialize, Serialize};
@@ -69,6 +70,16 @@ fn reopen(end: &OwnedFd, flags: i32) -> nix::Result<OwnedFd> {
     )
 }
 
+/// Whether the ends of the other kind than this one are all closed, wherever
+/// they were: poll(2). A reader opened after the last writer had gone is told
+/// nothing, so that the answer errs on the safe side.
+pub(super) fn is_widowed(end: &OwnedFd) -> nix::Result<bool> {
+    let gone = PollFlags::POLLERR | PollFlags::POLLHUP;
+    let mut fds = [PollFd::new(end.as_fd(), PollFlags::empty())];
+    poll(&mut fds, PollTimeout::ZERO)?;
+    Ok(fds[0].revents().is_some_and(|r| r.intersects(gone)))
+}
+
 /// Looks into a pipe through a copy of any of its ends. The process must not
 /// run meanwhile.
 pub(super) fn capture(end: &OwnedFd, flags: i32, object: &str) -> Result<Pipe> {
@@ -117,6 +128,13 @@ pub(super) fn capture(end: &OwnedFd, flags: i32, object: &str) -> Result<Pipe> {
 }
 
 impl Pipe {
+    /// Bytes it can hold.
+    pub(super) fn size(&self) -> u64 {
+        // What pipe(7) gives unasked.
+        const DEFAULT: u32 = 1 << 16;
+        u64::from(self.capacity.unwrap_or(DEFAULT))
+    }
+
     /// Checks what came from a peer.
     pub(super) fn check(&self) -> Result<()> {
         if self.content.len() > MAX_CONTENT

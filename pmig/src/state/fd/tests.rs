@@ -29,7 +29,7 @@ impl Actor {
     fn play(scene: &str) -> Actor {
         let dir = tempfile::tempdir().unwrap();
         let child = Command::new(std::env::current_exe().unwrap())
-            .args(["--ignored", "--exact", "state::fd::tests::stage"])
+            .args(["--exact", "state::fd::tests::stage"])
             .env("PMIG_TEST_SCENE", scene)
             .current_dir(dir.path())
             .stdin(Stdio::null())
@@ -97,9 +97,8 @@ fn cloexec(fd: &OwnedFd, on: bool) {
     fcntl(fd, FcntlArg::F_SETFD(flags)).unwrap();
 }
 
-/// What a child of [`Actor::play`] does; not a test by itself.
+/// What a child of [`Actor::play`] does; nothing where nobody plays.
 #[test]
-#[ignore = "played by a child process"]
 fn stage() {
     let Ok(scene) = std::env::var("PMIG_TEST_SCENE") else {
         return;
@@ -332,6 +331,44 @@ fn a_pipe_shared_with_another_process_is_refused() {
 }
 
 #[test]
+fn a_pipe_that_leads_out_of_sight_is_refused() {
+    let (r, w) = pipe2(OFlag::O_CLOEXEC).unwrap();
+    assert!(!pipe::is_widowed(&r).unwrap());
+    assert!(!pipe::is_widowed(&w).unwrap());
+    write(&w, b"x").unwrap();
+    drop(w);
+    assert!(pipe::is_widowed(&r).unwrap());
+    let (r, w) = pipe2(OFlag::O_CLOEXEC).unwrap();
+    drop(r);
+    assert!(pipe::is_widowed(&w).unwrap());
+}
+
+#[test]
+fn what_sends_signals_is_refused_at_the_freeze() {
+    const F_SETOWN: i32 = 8;
+    let child = Command::new("perl")
+        .args([
+            "-e",
+            &format!("use POSIX; POSIX::close($_) for 3..999; open F, '<', '/dev/null'; fcntl(F, {F_SETOWN}, $$+0); sleep 60"),
+        ])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let perl = Sleeper::when_asleep(child);
+    match Watch::new(perl.pid()).unwrap().look(Beat::Stopped) {
+        Err(Error::Refused(found)) => {
+            assert!(
+                found.iter().any(|o| o.why.contains("F_SETOWN")),
+                "{found:?}"
+            );
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
 fn what_cannot_be_carried_is_named() {
     let actor = Actor::play("strange");
     let found = actor.obstacles();
@@ -407,7 +444,11 @@ impl Sleeper {
             .stderr(Stdio::null())
             .spawn()
             .unwrap();
-        let end = Instant::now() + Duration::from_secs(5);
+        Sleeper::when_asleep(child)
+    }
+
+    fn when_asleep(child: Child) -> Sleeper {
+        let end = Instant::now() + Duration::from_secs(20);
         // Asleep, not merely started: its loader opens and closes files.
         let call = format!("/proc/{}/syscall", child.id());
         let asleep = format!("{} ", libc::SYS_clock_nanosleep);

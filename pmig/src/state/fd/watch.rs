@@ -118,10 +118,63 @@ impl Watch {
                 cloexec: f.glance.flags & libc::O_CLOEXEC != 0,
             });
         }
+        self.look_for_the_other_ends(&table)?;
         if beat == Beat::Stopped {
             self.look_inside(&mut table)?;
         }
         Ok(table)
+    }
+
+    /// Where the process has only one kind of a pipe's ends, the other kind
+    /// must be gone for good, and not in the hands of somebody who cannot be
+    /// seen from here: a process of another PID namespace. (Of a pipe with both
+    /// kinds of ends in the process that cannot be told.)
+    ///
+    /// The copy made for it lives for an instant, and keeps open an end whose
+    /// closing nobody would notice if all is well.
+    fn look_for_the_other_ends(&self, table: &FdTable) -> Result<()> {
+        let mut kinds = vec![(false, false); table.pipes.len()];
+        let mut ends = Vec::new();
+        for h in &table.holders {
+            let d = &table.descriptions[h.description as usize];
+            if let Kind::Pipe(end) = &d.kind {
+                let access = d.flags & libc::O_ACCMODE;
+                let (read, write) = &mut kinds[end.pipe as usize];
+                *read |= access != libc::O_WRONLY;
+                *write |= access != libc::O_RDONLY;
+                ends.push((h.fd, end.pipe as usize));
+            }
+        }
+        let mut obstacles = Vec::new();
+        for (fd, pipe) in ends {
+            if kinds[pipe] == (true, true) {
+                continue;
+            }
+            let copy = match pidfd::get(self.pidfd.as_fd(), fd) {
+                // Closed meanwhile.
+                Err(e) if e.raw_os_error() == Some(libc::EBADF) => continue,
+                other => other.context("copy", self.name(fd))?,
+            };
+            if !pipe::is_widowed(&copy).context("poll", self.name(fd))? {
+                obstacles.push(Obstacle::new(
+                    self.name(fd),
+                    "is a pipe whose other end is held where it cannot be seen from here",
+                    "let it go through a file instead",
+                ));
+            }
+        }
+        if obstacles.is_empty() {
+            Ok(())
+        } else {
+            Err(Error::Refused(obstacles))
+        }
+    }
+
+    fn name(&self, fd: i32) -> String {
+        match self.seen.get(&fd) {
+            Some((glance, _)) => object(fd, &glance.link),
+            None => format!("fd {fd}"),
+        }
     }
 
     /// Looks once more, just before the process is stopped, whether a pipe of
@@ -264,10 +317,7 @@ impl Watch {
             first[h.description as usize] = h.fd;
         }
         for (d, &fd) in table.descriptions.iter().zip(&first) {
-            let name = || match self.seen.get(&fd) {
-                Some((glance, _)) => object(fd, &glance.link),
-                None => format!("fd {fd}"),
-            };
+            let name = || self.name(fd);
             let copy = pidfd::get(self.pidfd.as_fd(), fd).context("copy", name())?;
             if tells_by_signal(copy.as_fd()).context("look at", name())? {
                 obstacles.push(Obstacle::new(

@@ -4,6 +4,7 @@ use std::fmt::{self, Display};
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
+use std::time::SystemTime;
 
 use nix::fcntl::OFlag;
 use serde::{Deserialize, Serialize};
@@ -105,6 +106,11 @@ pub(super) fn open_quietly(pinned: &Pinned) -> io::Result<File> {
 
 fn hash(file: &File, pinned: &Pinned, path: &FilePath) -> Result<[u8; 32]> {
     let before = Stamp::of(&pinned.stat_now().context("stat", path)?);
+    // A change made within the same tick of the file system's clock would not
+    // show in the time stamps: those must lie back a little.
+    if let Some(wait) = before.unsettled(SystemTime::now()) {
+        std::thread::sleep(wait);
+    }
     let mut hasher = blake3::Hasher::new();
     let mut buffer = vec![0; 1 << 18];
     let mut at = 0u64;

@@ -14,6 +14,10 @@ mod sources;
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tests_shipping;
+
+use std::time::{Duration, SystemTime};
 
 use nix::sys::stat::FileStat;
 use serde::{Deserialize, Serialize};
@@ -30,6 +34,13 @@ use crate::state::paths::FilePath;
 
 /// The most files that are carried or compared for one process.
 pub const MAX_FILES: usize = 1 << 16;
+
+/// How far a file's time stamps may lag behind what happened to it: they come
+/// from the kernel's coarse clock, which moves once a jiffy.
+const LAG: Duration = Duration::from_millis(20);
+
+/// The same where the file system keeps whole seconds, or pairs of them.
+const LAG_OF_SECONDS: Duration = Duration::from_millis(2100);
 
 /// Which state of which file: as long as it stays the same, so does the
 /// content, within the limits of the file system's clock.
@@ -54,6 +65,19 @@ impl Stamp {
             mtime: (stat.st_mtime, stat.st_mtime_nsec as u32),
             ctime: (stat.st_ctime, stat.st_ctime_nsec as u32),
         }
+    }
+
+    /// How long after `now` a change to the file is sure to show in its time
+    /// stamps; none where it is already.
+    fn unsettled(&self, now: SystemTime) -> Option<Duration> {
+        let newest = self.mtime.max(self.ctime);
+        let coarse = self.mtime.1 == 0 && self.ctime.1 == 0;
+        let lag = if coarse { LAG_OF_SECONDS } else { LAG };
+        let since = u64::try_from(newest.0).unwrap_or(0);
+        let settled = SystemTime::UNIX_EPOCH + Duration::new(since, newest.1) + lag;
+        let wait = settled.duration_since(now).ok()?;
+        // Of a time in the future nothing can be said but that it is not now.
+        (!wait.is_zero() && wait <= lag).then_some(wait)
     }
 }
 

@@ -4,7 +4,7 @@
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use nix::errno::Errno;
 use nix::sys::stat::fstat;
@@ -17,13 +17,6 @@ use crate::state::paths::{FilePath, Pinned};
 
 /// Bytes that are compared and sent together.
 pub const BLOCK: usize = 1 << 16;
-
-/// How far a file's time stamps may lag behind what happened to it: they come
-/// from the kernel's coarse clock, which moves once a jiffy.
-const LAG: Duration = Duration::from_millis(20);
-
-/// The same where the file system keeps whole seconds, or pairs of them.
-const LAG_OF_SECONDS: Duration = Duration::from_millis(2100);
 
 /// What is known of a block's content at the receiver.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -161,14 +154,7 @@ impl Shipment {
         if self.foreign_clock {
             return false;
         }
-        let newest = now.mtime.max(now.ctime);
-        let coarse = now.mtime.1 == 0 && now.ctime.1 == 0;
-        let lag = if coarse { LAG_OF_SECONDS } else { LAG };
-        let Ok(seconds) = u64::try_from(newest.0) else {
-            return false;
-        };
-        let settled = SystemTime::UNIX_EPOCH + Duration::new(seconds, newest.1) + lag;
-        then == now && settled <= *began
+        then == now && now.unsettled(*began).is_none()
     }
 
     /// Where the next data lies at or after an offset, as far as the file

@@ -134,6 +134,12 @@ impl Sources {
         if pinned.file_type() != libc::S_IFREG || pinned.is_special().context("look at", path)? {
             return refuse("is no regular file", "let the program close it first");
         }
+        if pinned.stat().st_nlink == 0 {
+            return refuse(
+                "is a deleted file, which no name leads to",
+                "let the program close it first",
+            );
+        }
         if !Pinned::by_path(path).is_ok_and(|named| named.is_same_file(&pinned)) {
             return refuse(
                 "its name leads to another file now",

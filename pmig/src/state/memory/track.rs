@@ -14,7 +14,7 @@ use nix::unistd::Pid;
 
 use super::layout::{steps, Backing, Layout, Step, Vma, PAGE};
 use super::ranges::Ranges;
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, Obstacle, Result};
 use crate::sys::pagemap::{category, scan, Query};
 use crate::sys::{pidfd, uffd};
 use crate::tracee::{Batch, Stopped};
@@ -150,6 +150,7 @@ impl Tracker {
     /// Lists the address space again; also returns where nothing that was sent
     /// counts any more.
     fn list(&mut self) -> Result<(Found, Ranges)> {
+        self.same_space()?;
         let layout = Layout::capture(self.pid, &self.layout.files)?;
         let steps = steps(&self.layout.vmas, &layout.vmas);
         let mut renewed = Ranges::default();
@@ -169,6 +170,23 @@ impl Tracker {
             ..Found::default()
         };
         Ok((found, renewed))
+    }
+
+    /// Whether the process still has the address space that it had at first:
+    /// what we hold open belongs to that one.
+    fn same_space(&self) -> Result<()> {
+        let Some((at, _)) = self.layout.vdso() else {
+            return Ok(());
+        };
+        // Reading what nobody lives in any more gives nothing, not an error.
+        match self.mem.read_at(&mut [0], at) {
+            Ok(0) => Err(Error::Refused(vec![Obstacle::new(
+                "memory",
+                "the program has executed another one while it was being copied",
+                "try again",
+            )])),
+            _ => Ok(()),
+        }
     }
 
     fn scan(

@@ -83,20 +83,30 @@ pub fn ask(batch: &mut Batch) -> Asked {
     }
 }
 
+/// Interval timers (setitimer(2)) that are armed.
+pub fn armed(timers: [bool; 3]) -> Vec<Obstacle> {
+    timers
+        .iter()
+        .zip(TIMERS)
+        .filter(|(armed, _)| **armed)
+        .map(|(_, name)| {
+            Obstacle::new(
+                format!("{name} interval timer"),
+                "armed by alarm or setitimer; timers are not carried",
+                "wait until it has expired",
+            )
+        })
+        .collect()
+}
+
 impl Asked {
     pub fn obstacles(&self, done: &Done) -> Vec<Obstacle> {
         let mut all = Vec::new();
-        for (slot, name) in self.timers.iter().zip(TIMERS) {
-            let b = done.bytes(*slot);
+        all.extend(armed(self.timers.map(|slot| {
+            let b = done.bytes(slot);
             // it_interval, it_value: a timer without a value is not armed.
-            if u64_at(b, 16) != 0 || u64_at(b, 24) != 0 {
-                all.push(Obstacle::new(
-                    format!("{name} interval timer"),
-                    "armed by alarm or setitimer; timers are not carried",
-                    "wait until it has expired",
-                ));
-            }
-        }
+            u64_at(b, 16) != 0 || u64_at(b, 24) != 0
+        })));
         let (call, mode) = self.policy;
         if done.result(call) == 0 && u32_at(done.bytes(mode), 0) != 0 {
             all.push(Obstacle::new(

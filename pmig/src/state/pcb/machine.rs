@@ -15,6 +15,7 @@ use crate::state::limits::Limits;
 use crate::state::registers::component_names;
 use crate::state::scheduling::online;
 use crate::sys::cpu::{xstate_layout, XstateLayout};
+use crate::sys::kmod::Kmod;
 
 /// Instruction sets that programs choose by at run time, as `/proc/cpuinfo`
 /// names them. What only the kernel uses is left out.
@@ -166,7 +167,7 @@ impl MachineFacts {
             pid_max: number("/proc/sys/kernel/pid_max")?,
             last_capability: number("/proc/sys/kernel/cap_last_cap")?,
             vdso: vdso()?,
-            module: None,
+            module: Kmod::open().ok().flatten().map(|k| k.version()),
             time_namespaces: Path::new("/proc/self/ns/time").exists(),
             gives: husk_credentials(own)?,
             limits: Limits::own()?,

@@ -5,6 +5,7 @@
 //! together, in an order that works. Two backends fill the same [`Pcb`].
 
 mod inside;
+mod kmod;
 mod machine;
 mod preflight;
 
@@ -13,7 +14,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 pub use machine::{fits, MachineFacts};
-pub use preflight::{needs, preflight, recheck, Needs};
+pub use preflight::{limits_of, needs, preflight, recheck, Needs};
 
 use super::attributes::Attributes;
 use super::bounds::Bounds;
@@ -23,8 +24,9 @@ use super::registers::{Registers, UserAreas};
 use super::restart::{ProgramClock, Restart, Watch};
 use super::scheduling::Scheduling;
 use super::signals::Signals;
-use crate::error::{Error, Result};
+use crate::error::{Context, Error, Obstacle, Result};
 use crate::proc::status::Status;
+use crate::sys::kmod::{Kmod, DEVICE};
 use crate::sys::limits::securebits;
 use crate::tracee::{Batch, Stopped};
 
@@ -90,21 +92,40 @@ pub struct PcbSupplies {
 pub enum Backend {
     /// A stock kernel: procfs, ptrace and one batch.
     Ptrace,
+    /// The kernel module.
+    Kmod(Kmod),
 }
 
 impl Backend {
     /// # Errors
     /// [`Error::Bad`] when what was asked for is not there.
     pub fn choose(choice: PcbChoice) -> Result<Backend> {
+        let module = || Kmod::open().context("open", DEVICE);
         match choice {
-            PcbChoice::Auto | PcbChoice::Ptrace => Ok(Backend::Ptrace),
-            PcbChoice::Kmod => Err(Error::bad("/dev/pmig", "the module is not loaded")),
+            PcbChoice::Ptrace => Ok(Backend::Ptrace),
+            // One that cannot be used is as good as none.
+            PcbChoice::Auto => Ok(module()
+                .ok()
+                .flatten()
+                .map_or(Backend::Ptrace, Backend::Kmod)),
+            PcbChoice::Kmod => module()?
+                .map(Backend::Kmod)
+                .ok_or_else(|| Error::bad(DEVICE, "the kernel module is not loaded")),
+        }
+    }
+
+    /// What follows a process through its stops for this backend.
+    pub fn watch(&self) -> Watch {
+        match self {
+            Backend::Ptrace => Watch::new(),
+            Backend::Kmod(_) => Watch::idle(),
         }
     }
 
     pub fn name(&self) -> &'static str {
         match self {
             Backend::Ptrace => "ptrace",
+            Backend::Kmod(_) => "kmod",
         }
     }
 
@@ -117,6 +138,7 @@ impl Backend {
     pub fn capture(&self, stopped: &mut Stopped, context: &CaptureContext) -> Result<Pcb> {
         match self {
             Backend::Ptrace => capture_by_ptrace(stopped, context),
+            Backend::Kmod(k) => kmod::capture(k, stopped, context),
         }
     }
 
@@ -133,8 +155,21 @@ impl Backend {
     pub fn restore(&self, husk: &mut Stopped, pcb: &Pcb, supplies: &PcbSupplies) -> Result<()> {
         match self {
             Backend::Ptrace => restore_by_ptrace(husk, pcb, supplies),
+            Backend::Kmod(k) => kmod::restore(k, husk, pcb, supplies),
         }
     }
+}
+
+/// What only the process itself can tell and what stands in the way: asked at
+/// the first stop, since the module does not see all of it.
+///
+/// # Errors
+/// Those of a batch.
+pub fn inside_obstacles(stopped: &mut Stopped) -> Result<Vec<Obstacle>> {
+    let mut batch = Batch::new();
+    let asked = inside::ask(&mut batch);
+    let done = stopped.run(batch)?;
+    Ok(asked.obstacles(&done))
 }
 
 fn capture_by_ptrace(stopped: &mut Stopped, context: &CaptureContext) -> Result<Pcb> {
@@ -198,18 +233,17 @@ fn restore_by_ptrace(husk: &mut Stopped, pcb: &Pcb, supplies: &PcbSupplies) -> R
     pcb.credentials.restore(&mut batch, &now)?;
     pcb.attributes.restore_late(&mut batch);
     husk.run(batch)?;
-    finish(husk, pcb, supplies)
-}
-
-/// What comes last with either backend.
-fn finish(husk: &mut Stopped, pcb: &Pcb, supplies: &PcbSupplies) -> Result<()> {
-    let pid = husk.pid();
     let regs = pcb
         .restart
         .restore(husk, &pcb.registers.general, supplies.clock)?;
     pcb.registers.restore_xstate(husk)?;
     husk.set_sigmask(pcb.signals.mask)?;
     husk.set_regs(&regs)?;
+    finish_outside(pid, pcb)
+}
+
+/// What comes last with either backend.
+fn finish_outside(pid: i32, pcb: &Pcb) -> Result<()> {
     pcb.attributes.restore_outside(pid)?;
     pcb.scheduling.restore(pid)
 }

@@ -48,7 +48,7 @@ pub fn needs(pid: i32) -> Result<Needs> {
     Ok(Needs {
         pid,
         credentials: Credentials::from_status(&Status::read(pid)?),
-        limits: limits_text(pid)?,
+        limits: limits_of(pid)?,
         scheduling: Scheduling::capture(pid)?,
         oom_score_adj: oom_score_adj
             .trim()
@@ -329,6 +329,14 @@ fn memory_nodes(pid: i32) -> Result<Vec<Obstacle>> {
         })
         .take(8)
         .collect())
+}
+
+/// Limits of any process: by the call where it is permitted.
+///
+/// # Errors
+/// [`Error::Gone`]; those of procfs.
+pub fn limits_of(pid: i32) -> Result<Limits> {
+    Limits::of(pid).or_else(|_| limits_text(pid))
 }
 
 fn limits_text(pid: i32) -> Result<Limits> {
