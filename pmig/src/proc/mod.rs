@@ -15,15 +15,33 @@ use crate::error::{Context, Error, Result};
 
 /// No procfs file read here is longer; a longer one is not what it seems.
 const LIMIT: u64 = 1 << 20;
+/// The same for the lists of mappings.
+const LIMIT_OF_MAPPINGS: u64 = 1 << 30;
+/// Room for most files, so that they are read at once: the standard library
+/// begins with pieces of 32 bytes where the size is not known.
+const ROOM: usize = 8 << 10;
+const ROOM_FOR_MAPPINGS: usize = 256 << 10;
 
 /// Reads `/proc/PID/NAME`.
 ///
 /// # Errors
 /// [`Error::Gone`] when the process does not exist, [`Error::Os`] otherwise.
 pub fn read(pid: i32, name: &str) -> Result<Vec<u8>> {
+    read_into(pid, name, ROOM, LIMIT)
+}
+
+/// Reads `/proc/PID/maps` or `/proc/PID/smaps`.
+///
+/// # Errors
+/// As [`read`].
+pub fn mappings(pid: i32, name: &str) -> Result<Vec<u8>> {
+    read_into(pid, name, ROOM_FOR_MAPPINGS, LIMIT_OF_MAPPINGS)
+}
+
+fn read_into(pid: i32, name: &str, room: usize, limit: u64) -> Result<Vec<u8>> {
     let path = format!("/proc/{pid}/{name}");
-    let mut bytes = Vec::new();
-    let read = File::open(&path).and_then(|f| f.take(LIMIT).read_to_end(&mut bytes));
+    let mut bytes = Vec::with_capacity(room);
+    let read = File::open(&path).and_then(|f| f.take(limit).read_to_end(&mut bytes));
     match read {
         Ok(_) => Ok(bytes),
         Err(e) if e.raw_os_error() == Some(libc::ESRCH) => Err(Error::Gone(pid)),

@@ -395,7 +395,10 @@ impl<'a> Run<'a> {
         interrupt::check()?;
         b.keeper.enter(Phase::Freeze)?;
         b.restart.before(self.pid);
-        let clock = self.program_clock()?;
+        let ahead = clock::ahead(self.pid)?;
+        let clock = ProgramClock {
+            offset: ahead.monotonic,
+        };
         self.wire.set_deadline(FROZEN_PATIENCE)?;
         b.keeper.stopped()?;
         self.lap = Instant::now();
@@ -406,7 +409,7 @@ impl<'a> Run<'a> {
             stopped = stopped.on(ground);
         }
         b.restart.stopped(&stopped, clock)?;
-        let clock_there = Clock::capture(self.pid, self.difference.value())?;
+        let clock_there = Clock::capture(ahead, self.difference.value());
         self.part("stop");
         fault::point(Phase::Freeze, Role::Source, || self.wire.link().cut());
 
@@ -423,7 +426,7 @@ impl<'a> Run<'a> {
 
         let context = CaptureContext {
             watch: &b.restart,
-            clock: self.program_clock()?,
+            clock,
         };
         let pcb = self.backend.capture(&mut stopped, &context)?;
         self.part("pcb");

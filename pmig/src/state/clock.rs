@@ -78,13 +78,13 @@ pub struct Clock {
 }
 
 impl Clock {
-    /// From the difference between the two machines (target less source).
-    pub fn capture(pid: i32, between: Reading) -> Result<Clock> {
-        let ahead = ahead(pid)?;
-        Ok(Clock {
+    /// From how far the program is [`ahead`] here and the difference between
+    /// the two machines (target less source).
+    pub fn capture(ahead: Reading, between: Reading) -> Clock {
+        Clock {
             ahead: ahead.minus(between),
             at_stop: Reading::now().plus(ahead),
-        })
+        }
     }
 
     /// The program's clocks at this moment, at the target.

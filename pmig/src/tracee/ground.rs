@@ -6,6 +6,7 @@ use std::os::unix::fs::FileExt;
 
 use super::home::{find_gadget, find_return, Gadget, Return};
 use crate::error::{Context, Error, Result};
+use crate::proc;
 
 /// The most of one text mapping that is searched.
 const SEARCH: usize = 4 << 20;
@@ -33,7 +34,7 @@ pub(super) struct Line {
 /// Reads /proc/PID/maps (proc_pid_maps(5)).
 pub(super) fn lines(pid: i32) -> Result<Vec<Line>> {
     let path = format!("/proc/{pid}/maps");
-    let text = std::fs::read(&path).context("read", &path)?;
+    let text = proc::mappings(pid, "maps")?;
     String::from_utf8_lossy(&text)
         .lines()
         .map(|l| {

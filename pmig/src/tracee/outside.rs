@@ -6,6 +6,7 @@ use std::os::unix::fs::FileExt;
 
 use super::ground::lines;
 use crate::error::{Context, Error, Result};
+use crate::proc;
 use crate::sys::ptrace::Regs;
 
 const PAGE: u64 = 4096;
@@ -69,8 +70,7 @@ pub(super) fn undo_eintr(regs: &mut Regs) {
 /// A signal that means nothing to this program: without a handler, ignored by
 /// default, neither blocked nor pending.
 pub(super) fn quiet_signal(pid: i32) -> Result<Option<i32>> {
-    let path = format!("/proc/{pid}/status");
-    let text = std::fs::read_to_string(&path).context("read", &path)?;
+    let text = proc::text(pid, "status")?;
     let busy = text
         .lines()
         .filter_map(|l| l.split_once(":\t"))

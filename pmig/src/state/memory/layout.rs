@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Context, Error, Obstacle, Result};
+use crate::proc;
 use crate::proc::smaps::{self, Mapping};
 use crate::tracee::{Arg, Batch, RemoteAddr};
 
@@ -141,15 +142,7 @@ impl Layout {
     ///
     /// [`Error::Refused`] with every mapping that cannot be carried.
     pub fn capture(pid: i32, known: &[MappedFile]) -> Result<Layout> {
-        let path = format!("/proc/{pid}/smaps");
-        let text = std::fs::read(&path).map_err(|e| match e.raw_os_error() {
-            Some(libc::ENOENT | libc::ESRCH) => Error::Gone(pid),
-            _ => Error::Os {
-                op: "read",
-                object: path.clone(),
-                cause: e,
-            },
-        })?;
+        let text = proc::mappings(pid, "smaps")?;
         Layout::from_mappings(&smaps::parse(&text)?, known)
     }
 
