@@ -286,7 +286,7 @@ impl<'a> Run<'a> {
             place: hold.place().clone(),
         })?;
         let mut keeper = Keeper::start(&armed)?;
-        let mut restart = RestartWatch::new();
+        let mut restart = self.backend.watch();
         let prepared = (|| {
             keeper.enter(Phase::Build)?;
             hold.take(self.pid)?;
@@ -295,6 +295,7 @@ impl<'a> Run<'a> {
             keeper.stopped()?;
             let mut stopped = Stopped::seize(self.pid)?.on(ground.clone());
             restart.stopped(&stopped, self.program_clock()?)?;
+            self.backend.first_stop(&mut stopped)?;
             let tracker = Tracker::attach(&mut stopped)?;
             stopped.settle()?;
             restart.going_on(&mut stopped)?;

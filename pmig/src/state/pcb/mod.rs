@@ -24,7 +24,7 @@ use super::registers::{Registers, UserAreas};
 use super::restart::{ProgramClock, Restart, Watch};
 use super::scheduling::Scheduling;
 use super::signals::Signals;
-use crate::error::{Context, Error, Obstacle, Result};
+use crate::error::{Context, Error, Result};
 use crate::proc::status::Status;
 use crate::sys::kmod::{Kmod, DEVICE};
 use crate::sys::limits::securebits;
@@ -129,6 +129,24 @@ impl Backend {
         }
     }
 
+    /// At the first stop: asks what stands in the way and only the process
+    /// itself can tell, which the module would not see at the freeze.
+    ///
+    /// # Errors
+    /// [`Error::Refused`]; those of a batch.
+    pub fn first_stop(&self, stopped: &mut Stopped) -> Result<()> {
+        if let Backend::Ptrace = self {
+            return Ok(());
+        }
+        let mut batch = Batch::new();
+        let asked = inside::ask(&mut batch);
+        let done = stopped.run(batch)?;
+        match asked.obstacles(&done) {
+            o if o.is_empty() => Ok(()),
+            o => Err(Error::Refused(o)),
+        }
+    }
+
     /// Captures a stopped process. What cannot be carried and has appeared
     /// since the preflight is found here.
     ///
@@ -158,18 +176,6 @@ impl Backend {
             Backend::Kmod(k) => kmod::restore(k, husk, pcb, supplies),
         }
     }
-}
-
-/// What only the process itself can tell and what stands in the way: asked at
-/// the first stop, since the module does not see all of it.
-///
-/// # Errors
-/// Those of a batch.
-pub fn inside_obstacles(stopped: &mut Stopped) -> Result<Vec<Obstacle>> {
-    let mut batch = Batch::new();
-    let asked = inside::ask(&mut batch);
-    let done = stopped.run(batch)?;
-    Ok(asked.obstacles(&done))
 }
 
 fn capture_by_ptrace(stopped: &mut Stopped, context: &CaptureContext) -> Result<Pcb> {
