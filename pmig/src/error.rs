@@ -6,6 +6,7 @@ use std::io;
 
 use serde::{Deserialize, Serialize};
 
+/// What fails with an [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// Everything that can go wrong while a process is looked at or moved.
@@ -47,6 +48,7 @@ pub enum Error {
 }
 
 impl Error {
+    /// [`Error::Bad`], from whatever can be shown.
     pub fn bad(object: impl Display, what: impl Display) -> Error {
         Error::Bad {
             object: object.to_string(),

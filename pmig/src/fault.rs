@@ -29,6 +29,7 @@ pub enum Role {
 }
 
 impl Kind {
+    /// By name.
     pub const ALL: [(&'static str, Kind); 3] = [
         ("kill", Kind::Kill),
         ("cut", Kind::Cut),
@@ -37,6 +38,7 @@ impl Kind {
 }
 
 impl Role {
+    /// By name.
     pub const ALL: [(&'static str, Role); 3] = [
         ("source", Role::Source),
         ("target", Role::Target),

@@ -21,6 +21,7 @@ pub enum Phase {
 }
 
 impl Phase {
+    /// In order.
     pub const ALL: [Phase; 7] = [
         Phase::Hello,
         Phase::Build,
@@ -31,6 +32,7 @@ impl Phase {
         Phase::Release,
     ];
 
+    /// In lower case, as in `PMIG_FAULT`.
     pub fn name(self) -> &'static str {
         match self {
             Phase::Hello => "hello",

@@ -84,8 +84,6 @@ pub struct Facts {
     pub kernel_to: String,
     /// How the PCB is read here: `kmod` or `ptrace`.
     pub pcb: String,
-    /// How dirty pages are found here.
-    pub tracking: String,
 }
 
 /// Where a round of the copy stands.
@@ -197,6 +195,7 @@ pub enum Outcome {
 }
 
 impl Outcome {
+    /// As it stands in JSON.
     pub fn name(&self) -> &'static str {
         match self {
             Outcome::NeverStopped => "never_stopped",

@@ -72,7 +72,6 @@ const MAP: &[(&str, &[&str])] = &[
             "policy",
             "protocol",
             "report",
-            "resolve",
             "state",
             "sys",
             "tracee",

@@ -30,9 +30,9 @@ struct Process {
     obstacles: Vec<Obstacle>,
 }
 
-/// What a program can notice of a move; see DESIGN of each room.
-const CHANGES: &str = "what will change: parent PID, start time, CPU times used so far; \
-                       its session, where the leader stays behind";
+/// What a program can notice of a move.
+const CHANGES: &str = "what will change: its parent, session, process group and cgroup; \
+                       its start time and the CPU time used so far";
 
 pub fn run(args: &Check) -> Exit {
     resolve::sweep(&files::Shipped);

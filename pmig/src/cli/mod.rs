@@ -122,6 +122,7 @@ pub struct Serve {
 
 #[derive(Debug, Args)]
 pub struct Migrate {
+    /// The process to move.
     #[arg(value_parser = clap::value_parser!(i32).range(1..))]
     pid: i32,
     /// Where a pmig serves: tcp://host[:port] or unix:/path
@@ -142,11 +143,12 @@ pub struct How {
     /// are missing there or open for writing here.
     #[arg(long, value_enum, default_value_t = Files::Check)]
     files: Files,
-    /// How registers, signals and timers are read and set: by the kernel
-    /// module, by ptrace, or by the module where it is there.
+    /// How registers and signals are read here: by the kernel module (`kmod`),
+    /// by `ptrace`, or by the module if it is loaded (`auto`).
     #[arg(long, value_enum, default_value_t = Pcb::Auto)]
     pcb: Pcb,
-    /// The rounds of the copy end when what is left fits into this time.
+    /// How long the program may stand still for the last pages: memory is
+    /// copied again while it runs until what is left fits.
     #[arg(long, value_name = "TIME", default_value = "20ms", value_parser = duration)]
     max_freeze: Duration,
 }
@@ -180,14 +182,16 @@ pub enum Pcb {
 
 #[derive(Debug, Args)]
 pub struct Check {
+    /// The process to look at; without it, the machine is looked at.
     #[arg(value_parser = clap::value_parser!(i32).range(1..))]
     pid: Option<i32>,
-    /// Where a pmig serves: tcp://host[:port] or unix:/path
+    /// Where it would go, to have the pmig there asked too.
     addr: Option<Addr>,
     #[command(flatten)]
     insecure: Insecure,
     #[command(flatten)]
     how: How,
+    /// Print one JSON object.
     #[arg(long)]
     json: bool,
 }
@@ -196,12 +200,14 @@ pub struct Check {
 pub struct Resolve {
     /// Only this migration.
     id: Option<Id>,
-    /// If the machines cannot agree: let it run on this machine.
+    /// If the machines cannot agree: let it run here. Make sure that the other
+    /// does not run it.
     #[arg(long, requires = "id", conflicts_with = "drop")]
     run_here: bool,
     /// If the machines cannot agree: end what this machine holds of it.
     #[arg(long, requires = "id")]
     drop: bool,
+    /// Print one JSON object.
     #[arg(long)]
     json: bool,
 }

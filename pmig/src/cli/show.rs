@@ -311,7 +311,6 @@ mod tests {
             kernel_from: "6.12".into(),
             kernel_to: "6.12".into(),
             pcb: "kmod".into(),
-            tracking: "scan".into(),
         };
         let line = &lines(&Event::Facts(facts))[0];
         assert!(!line.chars().any(char::is_control), "{line:?}");

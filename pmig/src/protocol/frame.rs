@@ -61,6 +61,7 @@ impl Wire {
         }
     }
 
+    /// The other side, for people.
     pub fn peer(&self) -> String {
         self.link.peer()
     }
@@ -84,6 +85,7 @@ impl Wire {
             .map_err(|e| self.broken(e))
     }
 
+    /// Sends a message that nothing belongs to.
     pub fn send(&mut self, message: &impl Serialize) -> Result<()> {
         self.send_with(message, &[])
     }
@@ -99,6 +101,7 @@ impl Wire {
         Ok(())
     }
 
+    /// The next message; fails where it is too long or makes no sense.
     pub fn recv<T: DeserializeOwned>(&mut self) -> Result<T> {
         let mut len = [0; 4];
         self.recv_raw(&mut len)?;

@@ -1,7 +1,7 @@
 //! The source's run: a list of phases, readable from top to bottom in
 //! [`migrate`].
 //!
-//! Until [`Run::commit`] every way out leaves the program running here as if
+//! Until `Run::commit` every way out leaves the program running here as if
 //! nothing had happened: the guards that hold it ([`Stopped`], [`Hold`]) let it
 //! go when they are dropped, and the keeper does it when this process dies.
 //! From the commit on the records decide.
@@ -237,7 +237,6 @@ impl<'a> Run<'a> {
             kernel_from: preview.machine.kernel.clone(),
             kernel_to: accepted.kernel.clone(),
             pcb: backend.name().into(),
-            tracking: String::new(),
         }));
         for text in &accepted.notes {
             progress.event(&Event::Note { text: text.clone() });

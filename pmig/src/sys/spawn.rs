@@ -63,7 +63,7 @@ fn executable() -> Vec<u8> {
     elf
 }
 
-/// A memfd with [`executable`], to be made once.
+/// A memfd with the husk's executable, to be made once.
 pub fn husk_image() -> io::Result<OwnedFd> {
     use std::io::Write;
     // SAFETY: the name is a C string; the new descriptor is owned from here.

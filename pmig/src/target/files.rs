@@ -11,8 +11,7 @@ use crate::image::Shipped;
 use crate::journal;
 use crate::policy::Policy;
 use crate::protocol::message::Hello;
-use crate::resolve;
-use crate::state::files::{compare, FileRef, FileSet, Ledger, Pending, Plan, Receiver, Stamp};
+use crate::state::files::{compare, FileRef, FileSet, Ledger, Plan, Receiver, Stamp};
 use crate::state::memory::{file_of, Layout, Step};
 use crate::state::objects::Opener;
 use crate::state::paths::FilePath;
@@ -145,26 +144,5 @@ impl TargetFiles {
         if let Err(e) = self.receiver.sync() {
             tracing::warn!("shipped files may be lost with the machine: {e}");
         }
-    }
-}
-
-/// Shipped files as a journal notes them.
-pub struct NotedFiles;
-
-impl NotedFiles {
-    fn each(noted: &serde_json::Value, what: fn(&Pending) -> Result<()>) -> Result<()> {
-        let all: Vec<Pending> =
-            serde_json::from_value(noted.clone()).map_err(|e| Error::bad("noted files", e))?;
-        all.iter().try_for_each(what)
-    }
-}
-
-impl resolve::Files for NotedFiles {
-    fn finish(&self, noted: &serde_json::Value) -> Result<()> {
-        NotedFiles::each(noted, Pending::commit)
-    }
-
-    fn undo(&self, noted: &serde_json::Value) -> Result<()> {
-        NotedFiles::each(noted, Pending::abort)
     }
 }

@@ -32,8 +32,6 @@ use crate::sys::{pidfd, timens};
 use crate::tracee::Batch;
 use files::TargetFiles;
 
-pub use files::NotedFiles;
-
 /// How long the source may take for its next word while its program runs.
 const PATIENCE: Duration = Duration::from_secs(120);
 /// How long a husk waits, ready, for the order to run.

@@ -2,7 +2,7 @@
 //! numbers that hold them.
 //!
 //! Every descriptor is claimed by exactly one of the rooms in this folder, or
-//! it is refused by name ([`unknown`]).
+//! it is refused by name (`unknown`).
 
 mod device;
 mod directory;

@@ -10,6 +10,7 @@ use crate::proc;
 use crate::proc::smaps::{self, Mapping};
 use crate::tracee::{Arg, Batch, RemoteAddr};
 
+/// Bytes of a page.
 pub const PAGE: u64 = 4096;
 /// TASK_SIZE of a 64-bit process with four-level page tables.
 pub const TOP: u64 = 0x7fff_ffff_f000;

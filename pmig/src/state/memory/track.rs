@@ -102,15 +102,6 @@ impl Tracker {
         self.uffd.is_some()
     }
 
-    /// Name of the method, for people.
-    pub fn method(&self) -> &'static str {
-        if self.tracks() {
-            "pagemap-scan"
-        } else {
-            "stop-and-copy"
-        }
-    }
-
     /// Looks while the program runs: what is found counts as clean from then
     /// on, and must be sent.
     pub fn look(&mut self) -> Result<Found> {
