@@ -14,6 +14,7 @@ const MAP: &[(&str, &[&str])] = &[
     ("id", &[]),
     ("interrupt", &[]),
     ("transport", &[]),
+    ("patience", &[]),
     ("fault", &["phase"]),
     ("report", &["phase"]),
     ("sys", &[]),
@@ -36,7 +37,9 @@ const MAP: &[(&str, &[&str])] = &[
     ),
     (
         "keeper",
-        &["sys", "fault", "id", "phase", "journal", "resolve"],
+        &[
+            "sys", "fault", "id", "patience", "phase", "journal", "resolve",
+        ],
     ),
     (
         "source",
@@ -50,6 +53,8 @@ const MAP: &[(&str, &[&str])] = &[
             "keeper",
             "lineage",
             "phase",
+            "patience",
+            "proc",
             "protocol",
             "report",
             "resolve",
@@ -68,6 +73,7 @@ const MAP: &[(&str, &[&str])] = &[
             "image",
             "journal",
             "lineage",
+            "patience",
             "phase",
             "policy",
             "protocol",
