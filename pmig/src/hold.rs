@@ -198,6 +198,11 @@ impl Frozen {
         self.0.events().map(|e| e.populated)
     }
 
+    /// Whether a live process is inside and held there.
+    pub fn holds(&self) -> Result<bool> {
+        self.0.events().map(|e| e.populated && e.frozen)
+    }
+
     /// The process inside, if there is one.
     pub fn pid(&self) -> Result<Option<i32>> {
         self.0.pids().map(|p| p.first().copied())

@@ -27,16 +27,14 @@ use crate::error::{printable, Context, Error, Result};
 use crate::fault::{self, Role};
 use crate::id::Id;
 use crate::journal::{run_dir, Armed, Folder, Stage};
+use crate::patience::{patience, KEEPER};
 use crate::phase::Phase;
 use crate::resolve::{self, Now};
 use crate::sys::inherit::close_from;
 
-/// How long pmig may be silent while the program stands still, before the
-/// commit. `PMIG_PATIENCE_MS` changes it.
-const PATIENCE: Duration = Duration::from_secs(10);
-
-/// So many times longer after COMMITTING, when nothing can be undone and pmig
-/// itself is asking the target.
+/// So many times longer pmig may be silent after COMMITTING, when nothing can be
+/// undone and it
+/// is asking the target.
 const COMMIT_FACTOR: u32 = 3;
 
 /// How long the target is asked after pmig's death, before a later command or a
@@ -281,12 +279,12 @@ fn end_of_pmig(armed: &Armed, pmig: Pid, call: &Call, phase: Phase) -> Result<bo
     };
     tracing::info!("migration {}: {why}", armed.record().id);
     // First the decision, then the end of pmig: it may be about to commit.
-    let patience = match armed.abort(&why)? {
+    let longest = match armed.abort(&why)? {
         _ if matches!(call, Call::Stalled) => Duration::ZERO,
-        Stage::Aborted(..) | Stage::Armed(_) => patience(),
-        Stage::Committing(_) | Stage::Decided(..) => patience() * COMMIT_FACTOR,
+        Stage::Aborted(..) | Stage::Armed(_) => patience(KEEPER),
+        Stage::Committing(_) | Stage::Decided(..) => patience(KEEPER) * COMMIT_FACTOR,
     };
-    Ok(outlive(pmig, patience, armed))
+    Ok(outlive(pmig, longest, armed))
 }
 
 /// pmig is dead: ends the migration, and says in its place what became of the
@@ -298,7 +296,7 @@ fn finish(armed: &Armed, call: &Call, phase: Phase) -> Result<Option<String>> {
         Call::Stalled => format!("made no progress in {phase}, so its keeper ended it"),
         Call::Done | Call::Silent => format!("died in {phase}"),
     };
-    let now = resolve::finish(armed, &format!("pmig {what}"), ASK_FOR, || {})?;
+    let now = resolve::finish(armed, &format!("pmig {what}"), patience(ASK_FOR), || {})?;
     tracing::info!("migration {}: {now:?}", record.id);
     let place = match &now {
         Now::RunsHere => format!("{pid} runs on here"),
@@ -321,7 +319,7 @@ fn finish(armed: &Armed, call: &Call, phase: Phase) -> Result<Option<String>> {
 /// If it was aborted, no husk shall stay held at the target.
 fn tell(armed: &Armed) -> Result<()> {
     match armed.stage()? {
-        Stage::Aborted(..) => resolve::abandon(armed.record(), ASK_FOR),
+        Stage::Aborted(..) => resolve::abandon(armed.record(), patience(ASK_FOR)),
         _ => Ok(()),
     }
 }
@@ -384,24 +382,17 @@ impl Watch<'_> {
     /// How long pmig may stay silent yet.
     fn left(&self) -> Result<Option<Duration>> {
         let silent = self.heard.elapsed();
-        if silent < patience() {
-            return Ok(Some(patience() - silent));
+        if let Some(left) = patience(KEEPER).checked_sub(silent) {
+            return Ok(Some(left));
         }
         Ok(match self.armed.stage()? {
             Stage::Armed(_) | Stage::Aborted(..) => None,
             Stage::Committing(_) | Stage::Decided(..) => {
-                let limit = patience() * COMMIT_FACTOR;
+                let limit = patience(KEEPER) * COMMIT_FACTOR;
                 limit.checked_sub(silent).filter(|left| !left.is_zero())
             }
         })
     }
-}
-
-fn patience() -> Duration {
-    std::env::var("PMIG_PATIENCE_MS")
-        .ok()
-        .and_then(|ms| ms.parse().ok())
-        .map_or(PATIENCE, Duration::from_millis)
 }
 
 /// Returns once pmig is dead, which lets go of all that it traced; kills it if

@@ -14,6 +14,7 @@ pub mod interrupt;
 pub mod journal;
 pub mod keeper;
 pub mod lineage;
+pub mod patience;
 pub mod phase;
 pub mod policy;
 pub mod proc;

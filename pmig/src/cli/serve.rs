@@ -138,6 +138,7 @@ fn session(link: Box<dyn Link>, verbose: Verbose) -> Result<()> {
     let status = child.wait().context("wait for", "a session")?;
     if !status.success() {
         tracing::info!("the session with {} ended with {status}", printable(&peer));
+        resolve::sweep_arrivals(&files::Shipped);
     }
     Ok(())
 }

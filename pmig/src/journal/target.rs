@@ -107,10 +107,11 @@ impl Husk {
         self.decide(&State::Aborted { why: why.into() })
     }
 
-    /// Whether a process of this husk is still there.
-    pub fn lives(&self) -> Result<bool> {
+    /// Whether it became ready, and is held. Before that it dies with its
+    /// session.
+    pub fn held(&self) -> Result<bool> {
         match Frozen::open(&self.record().place)? {
-            Some(held) => held.populated(),
+            Some(cgroup) => cgroup.holds(),
             None => Ok(false),
         }
     }

@@ -10,6 +10,7 @@ use serde_json::Value;
 
 use crate::error::Result;
 use crate::hold;
+use crate::id::Id;
 use crate::journal::{self, Role};
 
 pub use person::{resolve, unresolved, How, Resolved, Unresolved};
@@ -29,25 +30,31 @@ pub trait Files: Sync {
 /// not live to do, and removes old records. What cannot be resolved stays as it
 /// is; nothing here is an error to the command that comes first.
 pub fn sweep(files: &dyn Files) {
-    for (role, one) in [
-        (Role::Source, &source::sweep_one as &dyn Fn(_) -> Result<()>),
-        (Role::Target, &|id| target::sweep_one(id, files)),
-    ] {
-        match journal::unsettled(role) {
-            Ok(ids) => {
-                for id in ids {
-                    if let Err(e) = one(id) {
-                        tracing::warn!("migration {id}: {e}");
-                    }
-                }
-            }
-            Err(e) => tracing::warn!("{e}"),
-        }
-        if let Err(e) = journal::prune(role) {
-            tracing::warn!("{e}");
-        }
-    }
+    each(Role::Source, source::sweep_one);
+    sweep_arrivals(files);
+}
+
+/// The same for what came here only, whose session may just have died; asks no
+/// other machine.
+pub fn sweep_arrivals(files: &dyn Files) {
+    each(Role::Target, |id| target::sweep_one(id, files));
     if let Err(e) = hold::sweep_empty() {
         tracing::debug!("{e}");
+    }
+}
+
+fn each(role: Role, one: impl Fn(Id) -> Result<()>) {
+    match journal::unsettled(role) {
+        Ok(ids) => {
+            for id in ids {
+                if let Err(e) = one(id) {
+                    tracing::warn!("migration {id}: {e}");
+                }
+            }
+        }
+        Err(e) => tracing::warn!("{e}"),
+    }
+    if let Err(e) = journal::prune(role) {
+        tracing::warn!("{e}");
     }
 }

@@ -99,7 +99,7 @@ fn of_target(id: Id) -> Result<Option<Unresolved>> {
         Found::Mine(husk) => {
             let peer = printable(&husk.record().peer);
             let what = match husk.fate()? {
-                None if husk.lives()? => {
+                None if husk.held()? => {
                     format!("a copy is held here, frozen: {peer} has not said whether it may run")
                 }
                 None => "its copy here died before it was ready".into(),
@@ -235,7 +235,7 @@ fn resolve_target(husk: &Husk, how: How, files: &dyn Files) -> Result<Resolved> 
     } else {
         let (fate, by_hand) = match (husk.fate()?, how) {
             (Some(fate), _) => (Some(fate), false),
-            (None, _) if !husk.lives()? => (Some(husk.abort("its session died")?), false),
+            (None, _) if !husk.held()? => (Some(husk.abort("its session died")?), false),
             (None, How::Ask) => (None, false),
             (None, How::RunHere) => (Some(husk.commit_by_hand()?), true),
             (None, How::Drop) => (Some(husk.abort("a person dropped it")?), true),

@@ -68,7 +68,7 @@ pub(super) fn sweep_one(id: Id, files: &dyn Files) -> Result<()> {
     match husk.fate()? {
         Some(Fate::Committed(committed)) => finish(&committed, files),
         Some(Fate::Aborted(aborted)) => undo(&aborted, files).map(drop),
-        None if husk.lives()? => {
+        None if husk.held()? => {
             let record = husk.record();
             tracing::info!(
                 "a copy of {} from {} is held here until {} decides",

@@ -21,6 +21,7 @@ use crate::interrupt;
 use crate::journal::{Armed, Committing, Lost, New};
 use crate::keeper::Keeper;
 use crate::lineage;
+use crate::patience::patience;
 use crate::phase::Phase;
 use crate::proc::status::Status;
 use crate::protocol::message::{Accepted, Hello, Ready, ToSource, ToTarget};
@@ -210,7 +211,7 @@ impl<'a> Run<'a> {
         })?;
         preface::open(&mut *link, preface::Kind::Migration)?;
         let mut wire = Wire::new(link);
-        wire.set_deadline(PATIENCE)?;
+        wire.set_deadline(patience(PATIENCE))?;
         fault::point(Phase::Hello, Role::Source, || wire.link().cut());
         let (id, secret) = (Id::random()?, Secret::random()?);
         wire.send(&ToTarget::Hello(Box::new(Hello {
@@ -399,7 +400,7 @@ impl<'a> Run<'a> {
         let clock = ProgramClock {
             offset: ahead.monotonic,
         };
-        self.wire.set_deadline(FROZEN_PATIENCE)?;
+        self.wire.set_deadline(patience(FROZEN_PATIENCE))?;
         b.keeper.stopped()?;
         self.lap = Instant::now();
         let before = self.wire.sent;
@@ -511,47 +512,57 @@ impl<'a> Run<'a> {
         let _ = b.keeper.enter(Phase::Release);
         fault::point(Phase::Release, Role::Source, || self.wire.link().cut());
         let id = self.id.to_string();
-        let at = match resumed {
-            Ok(at) => Some(at),
+        let held = match resumed {
+            Ok(at) => Some((at, frozen)),
             Err(error) => {
                 drop(frozen);
                 let keeper = &mut b.keeper;
                 let tick = || {
                     let _ = keeper.alive();
                 };
-                let outcome =
-                    match resolve::finish(&b.armed, "the answer was lost", FATE_PATIENCE, tick) {
-                        Ok(Now::Moved) => None,
-                        Ok(Now::RunsHere) => Some(Outcome::RunsOn {
-                            stopped: self.lap.elapsed(),
-                        }),
-                        Ok(Now::Ended) => Some(Outcome::Ended),
-                        Ok(Now::Held { .. } | Now::Rebooted) | Err(_) => {
-                            Some(Outcome::Unresolved { id: id.clone() })
-                        }
-                    };
+                let outcome = match resolve::finish(
+                    &b.armed,
+                    "the answer was lost",
+                    patience(FATE_PATIENCE),
+                    tick,
+                ) {
+                    Ok(Now::Moved) => None,
+                    Ok(Now::RunsHere) => Some(Outcome::RunsOn {
+                        stopped: self.stood_still(Reading::now()),
+                    }),
+                    Ok(Now::Ended) => Some(Outcome::Ended),
+                    Ok(Now::Held { .. } | Now::Rebooted) | Err(_) => {
+                        Some(Outcome::Unresolved { id: id.clone() })
+                    }
+                };
                 if let Some(outcome) = outcome {
                     if !matches!(outcome, Outcome::Unresolved { .. }) {
                         b.keeper.done();
                     }
                     return Err(Failure { error, outcome });
                 }
-                b.keeper.done();
-                return Ok(self.summary(id, begun, None));
+                None
             }
         };
+        let at = held
+            .as_ref()
+            .map(|(at, _)| at.minus(self.difference.value()));
         let summary = self.summary(id.clone(), begun, at);
-        self.forward_late_signals();
+        if held.is_some() {
+            self.forward_late_signals();
+        }
         if let Err(error) = self.files.left_behind(&self.preview.lineage) {
             self.progress.event(&Event::Note {
                 text: format!("what was left behind could not be noted: {error}"),
             });
         }
-        if let Err(error) = committing.release(frozen) {
-            return Err(Failure {
-                error,
-                outcome: Outcome::Moved { id },
-            });
+        if let Some((_, frozen)) = held {
+            if let Err(error) = committing.release(frozen) {
+                return Err(Failure {
+                    error,
+                    outcome: Outcome::Moved { id },
+                });
+            }
         }
         b.keeper.done();
         self.progress.event(&Event::Done(summary.clone()));
@@ -578,11 +589,17 @@ impl<'a> Run<'a> {
         }
     }
 
+    /// From the stop to a moment by this machine's clock.
+    fn stood_still(&self, until: Reading) -> Duration {
+        let ns = self.stopped_at.map_or(0, |at| until.minus(at).monotonic);
+        Duration::from_nanos(ns.max(0) as u64)
+    }
+
+    /// `at`: when it went on there, by this machine's clock; none where nobody
+    /// could say.
     fn summary(&mut self, id: String, begun: Instant, at: Option<Reading>) -> Summary {
-        if let (Some(at), Some(stopped)) = (at, self.stopped_at) {
-            let here = at.minus(self.difference.value());
-            let total = here.minus(stopped).monotonic.max(0) as u64;
-            self.freeze.total = Duration::from_nanos(total);
+        if let Some(at) = at {
+            self.freeze.total = self.stood_still(at);
             let known: Duration = self.freeze.parts.iter().map(|p| p.time).sum();
             self.freeze
                 .add("resume", self.freeze.total.saturating_sub(known));

@@ -8,6 +8,7 @@ use crate::error::Error;
 use crate::hold::{Frozen, Hold};
 use crate::journal::{Armed, Stage};
 use crate::keeper::Keeper;
+use crate::patience::patience;
 use crate::report::{Failure, Outcome};
 use crate::resolve::{self, Now};
 
@@ -44,7 +45,8 @@ impl Run<'_> {
             // Whoever decided otherwise knew why; the records say what to do.
             Ok(_) | Err(_) => {
                 drop(frozen);
-                let finished = resolve::finish(&b.armed, "undecided", FATE_PATIENCE, || {});
+                let finished =
+                    resolve::finish(&b.armed, "undecided", patience(FATE_PATIENCE), || {});
                 let outcome = match finished {
                     Ok(Now::RunsHere) => Outcome::RunsOn {
                         stopped: since.elapsed(),

@@ -19,6 +19,7 @@ use crate::husk::Husk;
 use crate::image::{Final, Preview};
 use crate::journal::{self, Fate, New};
 use crate::lineage;
+use crate::patience::patience;
 use crate::phase::Phase;
 use crate::policy::Policy;
 use crate::protocol::message::{Accepted, Hello, Ready, ToSource, ToTarget, MAX_RAW};
@@ -38,6 +39,8 @@ const PATIENCE: Duration = Duration::from_secs(120);
 const COMMIT_PATIENCE: Duration = Duration::from_secs(30);
 /// How long the last word of a source is waited for.
 const LATE: Duration = Duration::from_secs(2);
+/// How long this process may do nothing beyond what it may wait for the source.
+const GRACE: Duration = Duration::from_secs(10);
 /// How long a source that was refused may go on sending before it is cut off.
 const DRAIN: Duration = Duration::from_secs(2);
 
@@ -82,7 +85,7 @@ pub fn session(mut wire: Wire, options: &Options) -> Result<()> {
 }
 
 fn receive(wire: &mut Wire, options: &Options) -> Result<()> {
-    wire.set_deadline(PATIENCE)?;
+    allow(wire, PATIENCE)?;
     let hello = match wire.recv()? {
         ToTarget::Hello(hello) => hello,
         other => return Err(out_of_turn(wire, &other)),
@@ -274,6 +277,7 @@ impl Building {
         wire.send(&ToSource::Built)?;
         let mut buf = vec![0; MAX_RAW];
         loop {
+            watch_over(PATIENCE);
             match wire.recv()? {
                 ToTarget::Ping => wire.send(&ToSource::Pong(Reading::now()))?,
                 ToTarget::Layout(layout) => self.adopt(&layout)?,
@@ -339,7 +343,7 @@ impl Building {
     /// Makes the husk the program, short of letting it run: from here on its
     /// cgroup holds it.
     fn restore(&mut self, last: Final, backend: &Backend, wire: &mut Wire) -> Result<Ready> {
-        wire.set_deadline(COMMIT_PATIENCE)?;
+        allow(wire, COMMIT_PATIENCE)?;
         let mut times = Ready::default();
         let mut lap = Instant::now();
         let mut part = |into: &mut u64| {
@@ -429,6 +433,8 @@ impl Building {
         let at = Reading::now();
         let told = wire.send(&ToSource::Committed { at });
         fault::point(Phase::Release, Role::Target, || wire.link().cut());
+        // Writing files through to the disk takes its time.
+        watch_over(PATIENCE);
         if let Err(e) = lineage::note(hello.preview.needs.pid, &hello.preview.lineage) {
             tracing::warn!("where the program came from is not noted: {e}");
         }
@@ -442,6 +448,7 @@ impl Building {
 
     /// Ends the husk and clears away what was received.
     fn abort(mut self, why: &str) {
+        watch_over(COMMIT_PATIENCE);
         tracing::info!("migration ends without a commit: {why}");
         let ended = self.record.abort(why).and_then(|fate| match fate {
             Fate::Aborted(aborted) => {
@@ -476,6 +483,20 @@ impl Building {
     fn husk(&mut self) -> Result<&mut Husk> {
         self.husk.as_mut().ok_or_else(no_husk)
     }
+}
+
+/// The source may take this long for its next word.
+fn allow(wire: &Wire, usual: Duration) -> Result<()> {
+    watch_over(usual);
+    wire.set_deadline(patience(usual))
+}
+
+/// The kernel ends this process unless there is progress within this time
+/// (alarm(2)). A session that hangs would hold its husk for good; of one that
+/// is dead the records say what to do.
+fn watch_over(usual: Duration) {
+    let seconds = patience(usual + GRACE).as_secs_f64().ceil();
+    nix::unistd::alarm::set(seconds as u32);
 }
 
 fn no_husk() -> Error {
