@@ -20,6 +20,7 @@ pub struct Asked {
     keyrings: [Call; 2],
     segments: [(Call, Slot); 3],
     descriptors: Call,
+    locked: Call,
 }
 
 pub fn ask(batch: &mut Batch) -> Asked {
@@ -80,7 +81,42 @@ pub fn ask(batch: &mut Batch) -> Asked {
         keyrings,
         segments,
         descriptors,
+        locked: is_new_memory_locked(batch),
     }
+}
+
+/// Nothing tells of mlockall(MCL_FUTURE), but a new mapping then refuses to be
+/// invalidated (msync(2), EBUSY).
+fn is_new_memory_locked(batch: &mut Batch) -> Call {
+    const LEN: u64 = 4096;
+    let page = batch.may_fail(
+        "map a page",
+        libc::SYS_mmap,
+        &[
+            0u64.into(),
+            LEN.into(),
+            libc::PROT_READ.into(),
+            (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS).into(),
+            (-1i32).into(),
+            0u64.into(),
+        ],
+    );
+    let locked = batch.may_fail(
+        "look whether it is locked",
+        libc::SYS_msync,
+        &[page.into(), LEN.into(), libc::MS_INVALIDATE.into()],
+    );
+    batch.may_fail("unmap it", libc::SYS_munmap, &[page.into(), LEN.into()]);
+    locked
+}
+
+/// What stands in the way where future mappings are locked.
+pub fn locks_future() -> Obstacle {
+    Obstacle::new(
+        "memory locking",
+        "mlockall(MCL_FUTURE) is in force, which is not carried",
+        "",
+    )
 }
 
 /// Interval timers (setitimer(2)) that are armed.
@@ -123,6 +159,9 @@ impl Asked {
                     "",
                 ));
             }
+        }
+        if done.result(self.locked) == -(libc::EBUSY as i64) {
+            all.push(locks_future());
         }
         let segment = self.segments.iter().any(|(c, slot)| {
             done.result(*c) == 0 && u32_at(done.bytes(*slot), 12) & NOT_PRESENT == 0

@@ -190,6 +190,9 @@ fn refusals(raw: &RawPcb) -> Vec<Obstacle> {
         .filter(|(bits, _, _)| *bits != abi::HAS_POSIX_TIMERS)
         .map(|(_, object, why)| Obstacle::new(object, why, ""))
         .collect();
+    if p.mm.mlock_future != 0 {
+        all.push(inside::locks_future());
+    }
     all.extend(inside::armed(timers));
     all
 }

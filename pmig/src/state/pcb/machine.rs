@@ -141,6 +141,8 @@ pub struct MachineFacts {
     /// What a process born of pmig has.
     pub gives: Credentials,
     pub limits: Limits,
+    /// pmig's own; below it (and 0) only CAP_SYS_RESOURCE goes.
+    pub oom_score_adj: i32,
 }
 
 impl MachineFacts {
@@ -171,6 +173,9 @@ impl MachineFacts {
             time_namespaces: Path::new("/proc/self/ns/time").exists(),
             gives: husk_credentials(own)?,
             limits: Limits::own()?,
+            oom_score_adj: proc::setting("/proc/self/oom_score_adj")
+                .and_then(|t| t.parse().ok())
+                .unwrap_or(0),
         })
     }
 }
@@ -248,10 +253,10 @@ pub fn fits(source: &MachineFacts, target: &MachineFacts, needs: &Needs) -> Vec<
     );
     let may_raise = target.gives.capabilities.effective & CAP_SYS_RESOURCE != 0;
     unless(
-        may_raise || needs.oom_score_adj >= 0,
+        may_raise || needs.oom_score_adj >= target.oom_score_adj.min(0),
         "oom score",
         format!(
-            "{} is below 0, which {there} may not set without cap_sys_resource",
+            "{there} may not set one as low as {} without cap_sys_resource",
             needs.oom_score_adj
         ),
         "start pmig serve with it",

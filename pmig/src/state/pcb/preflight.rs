@@ -1,7 +1,9 @@
 //! What stands in the way, seen from outside and without stopping anything.
 
 use std::fs::{self, File};
-use std::io::Read;
+use std::io::{self, Read};
+use std::path::PathBuf;
+use std::sync::OnceLock;
 
 use procfs::process::{LimitValue, Limits as LimitsText};
 use procfs::FromBufRead;
@@ -249,12 +251,14 @@ fn timers(pid: i32) -> Result<Vec<Obstacle>> {
 
 fn namespaces(pid: i32) -> Result<Vec<Obstacle>> {
     let mut all = Vec::new();
-    for name in NAMESPACES {
-        let link = |who: &str| fs::read_link(format!("/proc/{who}/ns/{name}"));
-        let Ok(own) = link("self") else {
+    // pmig stays where it is.
+    static OWN: OnceLock<[Option<PathBuf>; NAMESPACES.len()]> = OnceLock::new();
+    let own = OWN.get_or_init(|| NAMESPACES.map(|name| namespace("self", name).ok()));
+    for (i, name) in NAMESPACES.into_iter().enumerate() {
+        let Some(own) = own[i].as_ref() else {
             continue; // not in this kernel
         };
-        let theirs = match link(&pid.to_string()) {
+        let theirs = match namespace(&pid.to_string(), name) {
             Ok(l) => l,
             // Before the first child there is no namespace for children.
             Err(e) if e.raw_os_error() == Some(libc::ENOENT) && name == "pid_for_children" => {
@@ -262,7 +266,7 @@ fn namespaces(pid: i32) -> Result<Vec<Obstacle>> {
             }
             Err(e) => return Err(e).context("read", format!("/proc/{pid}/ns/{name}")),
         };
-        if own != theirs {
+        if *own != theirs {
             all.push(Obstacle::new(
                 format!("{name} namespace"),
                 "is not the one pmig runs in",
@@ -271,6 +275,10 @@ fn namespaces(pid: i32) -> Result<Vec<Obstacle>> {
         }
     }
     Ok(all)
+}
+
+fn namespace(who: &str, name: &str) -> io::Result<PathBuf> {
+    fs::read_link(format!("/proc/{who}/ns/{name}"))
 }
 
 /// A label of AppArmor or SELinux confines what the target would not.

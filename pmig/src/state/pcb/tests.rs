@@ -452,6 +452,29 @@ fn what_cannot_be_carried_is_named_at_the_freeze() {
 }
 
 #[test]
+fn locked_memory_to_come_is_found() {
+    if !nix::unistd::geteuid().is_root() {
+        return eprintln!("skipped: only root may lock memory without limit");
+    }
+    for (flags, found) in [(2, true), (6, true), (0, false)] {
+        let mut p = python(&format!(
+            "import ctypes, signal\n\
+             {flags} and ctypes.CDLL(None).mlockall({flags})\n\
+             print(1, flush=True)\nsignal.pause()"
+        ));
+        p.line();
+        asleep(p.pid());
+        let mut watch = Watch::new();
+        let mut s = stop(p.pid(), &mut watch);
+        match capture(&mut s, &watch) {
+            Err(Error::Refused(o)) if found => assert_eq!(o[0].object, "memory locking"),
+            Ok(_) if !found => {}
+            other => panic!("{flags}: {other:?}"),
+        }
+    }
+}
+
+#[test]
 fn a_capture_is_quick() {
     for backend in backends() {
         a_capture_is_quick_by(&backend);
