@@ -55,14 +55,14 @@ impl Agent {
         }
     }
 
-    /// Serves one connection until it ends.
-    pub fn serve(&self, mut input: impl Read, mut out: Box<dyn Write + Send>) {
+    /// Serves one connection until it ends; false if nobody greeted.
+    pub fn serve(&self, mut input: impl Read, mut out: Box<dyn Write + Send>) -> bool {
         let greeted = wire::find_preamble(&mut input).ok().flatten();
-        let Some(nonce) = greeted else { return };
+        let Some(nonce) = greeted else { return false };
         let mut answer = wire::MAGIC.to_vec();
         answer.extend_from_slice(&nonce);
         if out.write_all(&answer).and_then(|()| out.flush()).is_err() {
-            return;
+            return true;
         }
         let mut talk = Talk {
             out: Arc::new(Mutex::new(out)),
@@ -82,6 +82,7 @@ impl Agent {
         if talk.hold {
             (self.end)(false);
         }
+        true
     }
 
     fn frame(&self, talk: &mut Talk, tag: Tag, payload: &[u8]) -> Result<()> {

@@ -286,7 +286,10 @@ pub trait Host: Send + Sync {
             if Instant::now() >= deadline {
                 bail!("{what} did not come about on {} in {limit:?}", self.name());
             }
-            thread::sleep(Duration::from_millis(20));
+            thread::sleep(Duration::from_millis(match self.make() {
+                Make::Netns => 20,
+                Make::Vm => 100,
+            }));
         }
         Ok(())
     }

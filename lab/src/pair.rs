@@ -252,7 +252,7 @@ pub fn tidy(host: &dyn Host) -> Result<()> {
             let _ = host.signal(process.pid, 9);
         }
     }
-    let _ = host.sh("umount -q /srv/work");
-    host.sh("rm -rf /srv/work/* /srv/work/.[!.]* /var/lib/pmig/* /run/pmig/*")?;
-    host.link(true)
+    host.sh("umount -q /srv/work; ip link set eth0 up
+        rm -rf /srv/work/* /srv/work/.[!.]* /var/lib/pmig/* /run/pmig/*")
+        .map(drop)
 }

@@ -1,12 +1,14 @@
 //! What scenarios do with two hosts: start a program, move it, look.
 
 use crate::agent::WORK;
-use crate::host::{Host, Output};
+use crate::host::{Host, Make, Output};
 use crate::pair::Lab;
 use crate::wire::{Cmd, Status};
 use anyhow::{bail, ensure, Context, Result};
 use serde_json::Value;
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// How long a migration or a program may take before something is wrong.
@@ -42,6 +44,7 @@ impl Program {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let count = COUNT.fetch_add(1, Ordering::Relaxed);
         let output = format!("{WORK}/out.{count}");
+        let line = &paced(host, line);
         let argv = words(line);
         let pid = host
             .spawn(&Cmd::new(argv.clone()), &output)
@@ -92,29 +95,45 @@ impl Program {
         ensure!(last.starts_with("PASS"), "it wrote: {}", tail(&written));
         Ok(written)
     }
+}
 
-    /// What it writes when nobody moves it, with other arguments that make it
-    /// quick.
-    ///
-    /// # Errors
-    /// It does not end well.
-    pub fn unmoved(&self, host: &dyn Host, quick: &[&str]) -> Result<String> {
-        // Below a directory of its own: files that it makes must not be in the
-        // way of those that come with the program.
-        let directory = format!("{WORK}/unmoved");
-        host.sh(&format!("mkdir -p {directory}"))?;
-        let mut argv = self.argv.clone();
-        for word in quick {
-            let name = word.split('=').next().unwrap_or_default();
-            match name.parse::<usize>() {
-                // The argument at that place.
-                Ok(place) => argv[place] = word[name.len() + 1..].to_owned(),
-                Err(_) => argv.push((*word).to_owned()),
-            }
+/// What a program writes when nobody moves it, with other arguments that make
+/// it quick: `name=value`, or `2=value` for the argument at that place.
+///
+/// # Errors
+/// It does not end well.
+pub fn unmoved(host: &dyn Host, line: &str, quick: &[&str]) -> Result<String> {
+    static KNOWN: Mutex<BTreeMap<String, String>> = Mutex::new(BTreeMap::new());
+    let key = format!("{} {line} {quick:?}", host.make());
+    let known = || KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(output) = known().get(&key) {
+        return Ok(output.clone());
+    }
+    // In a directory of its own: files that it makes must not be in the way of
+    // those that come with the program.
+    let directory = format!("{WORK}/unmoved");
+    host.sh(&format!("mkdir -p {directory}"))?;
+    let mut argv = words(line);
+    for word in quick {
+        let name = word.split('=').next().unwrap_or_default();
+        match name.parse::<usize>() {
+            Ok(place) => argv[place] = word[name.len() + 1..].to_owned(),
+            Err(_) => argv.push((*word).to_owned()),
         }
-        let output = host.exec(&Cmd::new(argv).cwd(&directory))?.ok()?;
-        host.sh(&format!("rm -rf {directory}"))?;
-        Ok(output.out())
+    }
+    let output = host.exec(&Cmd::new(argv).cwd(&directory))?.ok()?.out();
+    host.sh(&format!("rm -rf {directory}"))?;
+    known().insert(key, output.clone());
+    Ok(output)
+}
+
+/// The line with a pace that leaves time to move the program: machines of
+/// QEMU's are slow.
+fn paced(host: &dyn Host, line: &str) -> String {
+    match host.make() {
+        Make::Netns => line.to_owned(),
+        Make::Vm if line.contains("lines=") => format!("{line} pace_us=60000"),
+        Make::Vm => line.replace("0.01", "0.06").replace("10000", "60000"),
     }
 }
 
@@ -231,9 +250,9 @@ impl Moved {
 /// Anything that is not as it should be.
 pub fn moves(lab: &Lab, line: &str, more: &str, quick: &[&str]) -> Result<Moved> {
     let (a, b) = (lab.a(), lab.b());
+    let expected = unmoved(b, line, quick)?;
     let program = Program::start(a, line)?;
-    let expected = program.unmoved(b, quick)?;
-    program.wait_lines(a, 20)?;
+    program.wait_lines(a, 10)?;
     let moved = migrate(a, b, &program, &format!("--files ship {more}"), &[])?;
     moved.ok().with_context(|| line.to_owned())?;
     let here = a.process(program.pid)?;

@@ -3,7 +3,7 @@
 
 use anyhow::{bail, ensure, Context, Result};
 use lab::harness::Trial;
-use lab::scenario::{migrate, same, wait, Program, LIMIT};
+use lab::scenario::{migrate, same, unmoved, wait, Program, LIMIT};
 use lab::{serve, Cmd, Host, Lab, Make, Status};
 use pmig::phase::Phase;
 use std::time::Duration;
@@ -53,8 +53,8 @@ fn with_fault(lab: &Lab, fault: &str) -> Result<()> {
     let env = [("PMIG_FAULT", fault)];
     serve(a, &[])?;
     let server = serve(b, &env)?;
+    let expected = unmoved(b, "recursive lines=500 depth=20000", &["pace_us=0"])?;
     let program = Program::start(a, "recursive lines=500 depth=20000")?;
-    let expected = program.unmoved(b, &["pace_us=0"])?;
     program.wait_lines(a, 5)?;
     let said = move_with_fault(lab, &program, &env)?;
     let there = true_message(lab, &program, &said)?;

@@ -3,7 +3,7 @@
 use anyhow::{ensure, Context, Result};
 use lab::harness::{CannotHere, Trial};
 use lab::samples;
-use lab::scenario::{migrate, moves, same, wait, Program, LIMIT};
+use lab::scenario::{migrate, moves, same, unmoved, wait, Program, LIMIT};
 use lab::{Lab, Make};
 use std::time::Duration;
 
@@ -126,8 +126,8 @@ fn waits(lab: &Lab, more: &str, line: &str, quick: &[&str]) -> Result<()> {
     let (a, b) = (lab.a(), lab.b());
     // What its clock may add beside the time asked for: the freezes.
     let line = format!("{line} slack_ms=1500");
+    let expected = unmoved(b, &line, quick)?;
     let program = Program::start(a, &line)?;
-    let expected = program.unmoved(b, quick)?;
     let (mut here, mut there) = (a, b);
     let (mut moved, mut refused) = (0, 0);
     while here.process(program.pid)?.is_some() && moved < 12 {
@@ -174,8 +174,8 @@ fn empty_pipe(lab: &Lab, more: &str) -> Result<()> {
 
 fn there_and_back(lab: &Lab, more: &str) -> Result<()> {
     let (mut here, mut there) = (lab.a(), lab.b());
+    let expected = unmoved(there, "recursive lines=1500", QUICK)?;
     let program = Program::start(here, "recursive lines=1500")?;
-    let expected = program.unmoved(there, QUICK)?;
     for number in 0..20 {
         program.wait_lines(here, 10)?;
         let more = format!("--files ship {more}");

@@ -2,7 +2,7 @@
 
 use anyhow::{ensure, Result};
 use lab::harness::Trial;
-use lab::scenario::{migrate, same, wait, Program, LIMIT};
+use lab::scenario::{migrate, same, unmoved, wait, Program, LIMIT};
 use lab::{serve, Cmd, Lab, Make};
 use std::time::Duration;
 
@@ -29,8 +29,8 @@ fn reboot(lab: &Lab, fault: &'static str) -> Result<()> {
     let (a, b) = (lab.a(), lab.b());
     serve(a, &[])?;
     serve(b, &[("PMIG_FAULT", fault)])?;
+    let expected = unmoved(b, "recursive lines=400 depth=20000", &["pace_us=0"])?;
     let program = Program::start(a, "recursive lines=400 depth=20000")?;
-    let expected = program.unmoved(b, &["pace_us=0"])?;
     program.wait_lines(a, 5)?;
     let moved = std::thread::scope(|scope| -> Result<_> {
         let moving = scope.spawn(|| migrate(a, b, &program, "--files ship", &[]));

@@ -226,21 +226,25 @@ pub fn agent() -> Result<()> {
 fn serve_port(agent: &Agent, path: &Path, bell: &(Mutex<u64>, Condvar)) {
     let mut heard = 0;
     loop {
-        // Opened anew each time: what is left unread of an old conversation
-        // is dropped by the kernel when the port is closed.
+        // Opened anew for each conversation: what is left unread of the last is
+        // dropped by the kernel when the port is closed. Only an open port
+        // signals that somebody has come.
         let port = OpenOptions::new().read(true).write(true).open(path);
-        if let Ok(port) = &port {
-            let _ = sys::signal_events(port);
+        let port = port.and_then(|port| sys::signal_events(&port).map(|()| port));
+        loop {
+            let both = port.as_ref().ok();
+            let both = both.and_then(|port| Some((port.try_clone().ok()?, port.try_clone().ok()?)));
+            if both.is_some_and(|(port, out)| agent.serve(port, Box::new(out))) {
+                break;
+            }
+            let count = bell.0.lock().unwrap_or_else(PoisonError::into_inner);
+            let limit = Duration::from_secs(2);
+            let wait = bell.1.wait_timeout_while(count, limit, |now| *now == heard);
+            heard = *wait.unwrap_or_else(PoisonError::into_inner).0;
+            if port.is_err() {
+                break;
+            }
         }
-        let both = port.and_then(|port| Ok((port.try_clone()?, port)));
-        if let Ok((port, out)) = both {
-            agent.serve(port, Box::new(out));
-        }
-        let count = bell.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let wait = bell
-            .1
-            .wait_timeout_while(count, Duration::from_secs(2), |now| *now == heard);
-        heard = *wait.unwrap_or_else(PoisonError::into_inner).0;
     }
 }
 
