@@ -1,3 +1,6 @@
+_default:
+    @just --list
+
 # Two machines to try pmig on, a and b.
 lab-up:
     cargo lab up
@@ -17,3 +20,7 @@ test:
 # How long a program stands still, and how fast memory travels.
 bench:
     cargo bench
+
+# Everything that has to hold before a change goes in.
+ci:
+    .ci/run
