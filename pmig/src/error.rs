@@ -28,7 +28,7 @@ pub enum Error {
     #[error("{}", Obstacle::list(.0))]
     Refused(Vec<Obstacle>),
     /// The process went away while it was being handled.
-    #[error("process {0} is gone")]
+    #[error("process {0} is not there, or has ended")]
     Gone(i32),
     /// The other side reported a failure of its own.
     #[error("{host}: {what}")]

@@ -66,7 +66,7 @@ pub fn capabilities() -> Vec<Capability> {
             "kernel module",
             false,
             module(),
-            "without it registers, signals and timers are carried by ptrace; to have it, load pmig.ko",
+            "without it ptrace reads the process control block, more slowly, and a few rare settings go unseen; to have it, load pmig.ko",
         ),
     ]
 }

@@ -80,13 +80,20 @@ fn explain(args: &Migrate, name: &str, failure: &Failure) -> Vec<String> {
             })
             .collect(),
     };
+    let insecure = if addr.is_plain_network() {
+        " --insecure"
+    } else {
+        ""
+    };
     let again = match failure.error {
         Error::Refused(_) | Error::Interrupted => String::new(),
-        _ => format!("; try again, or see pmig check {pid} {addr}"),
+        // Where it is the error says already.
+        Error::Gone(_) if failure.outcome == Outcome::Ended => return said,
+        _ => format!("; try again, or see pmig check {pid} {addr}{insecure}"),
     };
     said.push(match &failure.outcome {
         Outcome::NeverStopped => {
-            format!("{pid} was never stopped for it and runs on here{again}")
+            format!("{pid} was never frozen for it and runs on here{again}")
         }
         Outcome::RunsOn { stopped } => format!(
             "{pid} stood still for {} and runs on here{again}",

@@ -569,9 +569,10 @@ pub fn preflight(pid: i32) -> Result<Vec<Obstacle>> {
                     "somebody watches it by a userfaultfd (perhaps another migration)",
                     "wait for that to end",
                 )],
-                (_, None) => vec![Obstacle::new(
+                // A thread of the kernel has no mappings either.
+                (_, None) if !layout.vmas.is_empty() => vec![Obstacle::new(
                     "memory",
-                    "the program has no vdso, without which pmig has no hands in it",
+                    "the program has no vdso, through which pmig acts inside it",
                     "boot without vdso=0",
                 )],
                 _ => Vec::new(),
