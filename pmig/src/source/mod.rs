@@ -8,6 +8,7 @@
 
 mod files;
 mod send;
+mod times;
 mod undo;
 
 use std::time::{Duration, Instant};
@@ -24,7 +25,7 @@ use crate::lineage;
 use crate::patience::patience;
 use crate::phase::Phase;
 use crate::proc::status::Status;
-use crate::protocol::message::{Accepted, Hello, Ready, ToSource, ToTarget};
+use crate::protocol::message::{Accepted, Hello, ToSource, ToTarget};
 use crate::protocol::{preface, Wire};
 use crate::report::{Event, Facts, Failure, Freeze, Outcome, Progress, Summary};
 use crate::resolve::{self, Now};
@@ -48,8 +49,6 @@ const FROZEN_PATIENCE: Duration = Duration::from_secs(8);
 const FATE_PATIENCE: Duration = Duration::from_secs(30);
 /// Rounds of the copy, at most.
 const MOST_ROUNDS: u32 = 30;
-/// Questions by which the clocks are compared.
-const PINGS: usize = 8;
 
 /// What the person who migrates can choose.
 #[derive(Debug, Clone)]
@@ -595,27 +594,6 @@ impl<'a> Run<'a> {
         Duration::from_nanos(ns.max(0) as u64)
     }
 
-    /// `at`: when it went on there, by this machine's clock; none where nobody
-    /// could say.
-    fn summary(&mut self, id: String, begun: Instant, at: Option<Reading>) -> Summary {
-        if let Some(at) = at {
-            self.freeze.total = self.stood_still(at);
-            let known: Duration = self.freeze.parts.iter().map(|p| p.time).sum();
-            self.freeze
-                .add("resume", self.freeze.total.saturating_sub(known));
-        }
-        Summary {
-            id,
-            pid: self.pid,
-            comm: self.preview.comm.clone(),
-            to: self.accepted.host.clone(),
-            total: begun.elapsed(),
-            bytes_sent: self.wire.sent,
-            rounds: self.rounds,
-            freeze: self.freeze.clone(),
-        }
-    }
-
     /// The target may have said why, before it closed.
     fn better(&mut self, error: Error) -> Error {
         if !matches!(error, Error::Link { .. }) {
@@ -630,62 +608,6 @@ impl<'a> Run<'a> {
             }
         }
         error
-    }
-
-    fn compare_clocks(&mut self) -> Result<()> {
-        self.difference = Difference::default();
-        for _ in 0..PINGS {
-            let before = Reading::now();
-            self.wire.send(&ToTarget::Ping)?;
-            match answer(&mut self.wire)? {
-                ToSource::Pong(theirs) => self.difference.add(before, theirs, Reading::now()),
-                other => return Err(unexpected(&self.wire, &other)),
-            }
-        }
-        Ok(())
-    }
-
-    fn program_clock(&self) -> Result<ProgramClock> {
-        Ok(ProgramClock {
-            offset: clock::ahead(self.pid)?.monotonic,
-        })
-    }
-
-    fn begin(&mut self, phase: Phase) -> Instant {
-        self.progress.event(&Event::Phase { phase });
-        Instant::now()
-    }
-
-    fn ended(&mut self, phase: Phase, what: String, begun: Instant) {
-        self.progress.event(&Event::Ended {
-            phase,
-            what,
-            elapsed: begun.elapsed(),
-        });
-    }
-
-    fn part(&mut self, name: &'static str) {
-        let now = Instant::now();
-        self.freeze.add(name, now.duration_since(self.lap));
-        self.lap = now;
-    }
-
-    /// Divides the wait for Ready into the target's own work and the wire.
-    fn wait_in_parts(&mut self, there: Ready) {
-        let waited = self.lap.elapsed();
-        self.lap = Instant::now();
-        let mut left = waited;
-        for (name, ns) in [
-            ("pages", there.memory),
-            ("descriptors", there.descriptors),
-            ("pcb", there.pcb),
-            ("hold", there.hold),
-        ] {
-            let part = Duration::from_nanos(ns).min(left);
-            left -= part;
-            self.freeze.add(name, part);
-        }
-        self.freeze.add("wire", left);
     }
 }
 

@@ -1,0 +1,94 @@
+//! What is measured on the way: phases, the parts of the freeze, and how far
+//! the two machines' clocks are apart.
+
+use std::time::{Duration, Instant};
+
+use super::{answer, unexpected, Run};
+use crate::error::Result;
+use crate::phase::Phase;
+use crate::protocol::message::{Ready, ToSource, ToTarget};
+use crate::report::{Event, Summary};
+use crate::state::clock::{self, Difference, Reading};
+use crate::state::restart::ProgramClock;
+
+/// Questions by which the clocks are compared.
+const PINGS: usize = 8;
+
+impl Run<'_> {
+    /// `at`: when it went on there, by this machine's clock; none where nobody
+    /// could say.
+    pub(super) fn summary(&mut self, id: String, begun: Instant, at: Option<Reading>) -> Summary {
+        if let Some(at) = at {
+            self.freeze.total = self.stood_still(at);
+            let known: Duration = self.freeze.parts.iter().map(|p| p.time).sum();
+            self.freeze
+                .add("resume", self.freeze.total.saturating_sub(known));
+        }
+        Summary {
+            id,
+            pid: self.pid,
+            comm: self.preview.comm.clone(),
+            to: self.accepted.host.clone(),
+            total: begun.elapsed(),
+            bytes_sent: self.wire.sent,
+            rounds: self.rounds,
+            freeze: self.freeze.clone(),
+        }
+    }
+
+    pub(super) fn compare_clocks(&mut self) -> Result<()> {
+        self.difference = Difference::default();
+        for _ in 0..PINGS {
+            let before = Reading::now();
+            self.wire.send(&ToTarget::Ping)?;
+            match answer(&mut self.wire)? {
+                ToSource::Pong(theirs) => self.difference.add(before, theirs, Reading::now()),
+                other => return Err(unexpected(&self.wire, &other)),
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn program_clock(&self) -> Result<ProgramClock> {
+        Ok(ProgramClock {
+            offset: clock::ahead(self.pid)?.monotonic,
+        })
+    }
+
+    pub(super) fn begin(&mut self, phase: Phase) -> Instant {
+        self.progress.event(&Event::Phase { phase });
+        Instant::now()
+    }
+
+    pub(super) fn ended(&mut self, phase: Phase, what: String, begun: Instant) {
+        self.progress.event(&Event::Ended {
+            phase,
+            what,
+            elapsed: begun.elapsed(),
+        });
+    }
+
+    pub(super) fn part(&mut self, name: &'static str) {
+        let now = Instant::now();
+        self.freeze.add(name, now.duration_since(self.lap));
+        self.lap = now;
+    }
+
+    /// Divides the wait for Ready into the target's own work and the wire.
+    pub(super) fn wait_in_parts(&mut self, there: Ready) {
+        let waited = self.lap.elapsed();
+        self.lap = Instant::now();
+        let mut left = waited;
+        for (name, ns) in [
+            ("pages", there.memory),
+            ("descriptors", there.descriptors),
+            ("pcb", there.pcb),
+            ("hold", there.hold),
+        ] {
+            let part = Duration::from_nanos(ns).min(left);
+            left -= part;
+            self.freeze.add(name, part);
+        }
+        self.freeze.add("wire", left);
+    }
+}
