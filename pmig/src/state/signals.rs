@@ -170,17 +170,21 @@ impl Signals {
     }
 
     /// Actions, signal stack and queues; the mask goes last, with the
-    /// registers. Handlers come before queues: a signal that is set to be
+    /// registers. `now` is the status of the process: where it has nothing but
+    /// default actions, those are not set again. Handlers come before queues: a signal that is set to be
     /// ignored is thrown out of them.
     ///
     /// # Errors
     /// [`Error::Bad`] for what no kernel would have told, [`Error::Refused`]
     /// for a queued signal that cannot be sent from inside.
-    pub fn restore(&self, batch: &mut Batch, pid: i32) -> Result<()> {
+    pub fn restore(&self, batch: &mut Batch, now: &Status) -> Result<()> {
         self.check()?;
+        let pid = now.known.pid;
+        let untouched = now.known.sigign | now.known.sigcgt == 0;
         for (i, a) in self.actions.iter().enumerate() {
             let signal = i as i32 + 1;
-            if signal == libc::SIGKILL || signal == libc::SIGSTOP {
+            let fixed = signal == libc::SIGKILL || signal == libc::SIGSTOP;
+            if fixed || untouched && *a == Action::default() {
                 continue;
             }
             let words = batch.data(&bytes_of(&[a.handler, a.flags, a.restorer, a.mask]));
@@ -326,6 +330,7 @@ mod tests {
             assert!(send(&mut b, 1, &info(signal, 0), true).is_err(), "{signal}");
         }
         assert!(send(&mut b, 1, &info(libc::SIGSTOP, 0), false).is_err());
-        assert!(Signals::default().restore(&mut b, 1).is_err());
+        let me = Status::read(std::process::id() as i32).unwrap();
+        assert!(Signals::default().restore(&mut b, &me).is_err());
     }
 }

@@ -392,7 +392,7 @@ pub fn restore(kmod: &Kmod, husk: &mut Stopped, pcb: &Pcb, supplies: &PcbSupplie
     pcb.areas.restore(&mut batch)?;
     pcb.limits.restore(&mut batch, &Limits::of(pid)?)?;
     pcb.credentials
-        .restore(&mut batch, &husk_credentials(pid)?)?;
+        .restore(&mut batch, &husk_credentials(&Status::read(pid)?))?;
     pcb.attributes.restore_late(&mut batch);
     husk.run(batch)?;
 

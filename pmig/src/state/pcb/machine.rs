@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::{husk_credentials, Needs};
 use crate::error::{Context, Error, Obstacle, Result};
 use crate::proc;
+use crate::proc::status::Status;
 use crate::state::credentials::Credentials;
 use crate::state::limits::Limits;
 use crate::state::registers::component_names;
@@ -171,7 +172,7 @@ impl MachineFacts {
             vdso: vdso()?,
             module: Kmod::open().ok().flatten().map(|k| k.version()),
             time_namespaces: Path::new("/proc/self/ns/time").exists(),
-            gives: husk_credentials(own)?,
+            gives: husk_credentials(&Status::read(own)?),
             limits: Limits::own()?,
             oom_score_adj: proc::setting("/proc/self/oom_score_adj")
                 .and_then(|t| t.parse().ok())

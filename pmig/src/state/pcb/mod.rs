@@ -225,7 +225,7 @@ fn capture_by_ptrace(stopped: &mut Stopped, context: &CaptureContext) -> Result<
 
 fn restore_by_ptrace(husk: &mut Stopped, pcb: &Pcb, supplies: &PcbSupplies) -> Result<()> {
     let pid = husk.pid();
-    let now = husk_credentials(pid)?;
+    let now = Status::read(pid)?;
     let mut batch = Batch::new();
     pcb.bounds.restore(&mut batch, supplies.exe)?;
     if let Some(fd) = supplies.exe {
@@ -233,10 +233,11 @@ fn restore_by_ptrace(husk: &mut Stopped, pcb: &Pcb, supplies: &PcbSupplies) -> R
     }
     pcb.attributes.restore(&mut batch)?;
     pcb.areas.restore(&mut batch)?;
-    pcb.signals.restore(&mut batch, pid)?;
+    pcb.signals.restore(&mut batch, &now)?;
     // Not before the queues: one limit is theirs.
     pcb.limits.restore(&mut batch, &Limits::of(pid)?)?;
-    pcb.credentials.restore(&mut batch, &now)?;
+    pcb.credentials
+        .restore(&mut batch, &husk_credentials(&now))?;
     pcb.attributes.restore_late(&mut batch);
     husk.run(batch)?;
     let regs = pcb
@@ -254,12 +255,12 @@ fn finish_outside(pid: i32, pcb: &Pcb) -> Result<()> {
     pcb.scheduling.restore(pid)
 }
 
-fn husk_credentials(pid: i32) -> Result<Credentials> {
-    Ok(Credentials {
-        // Inherited from here; exec clears the lowest-but-four.
+fn husk_credentials(status: &Status) -> Credentials {
+    Credentials {
+        // Inherited from here, all but one that exec clears.
         securebits: securebits() & !SECBIT_KEEP_CAPS,
-        ..Credentials::from_status(&Status::read(pid)?)
-    })
+        ..Credentials::from_status(status)
+    }
 }
 
 const SECBIT_KEEP_CAPS: u32 = 1 << 4;
