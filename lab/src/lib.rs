@@ -7,6 +7,8 @@
 
 pub mod agent;
 pub mod build;
+pub mod console;
+pub mod demo;
 pub mod harness;
 pub mod host;
 pub mod image;
@@ -18,6 +20,7 @@ pub mod samples;
 pub mod scenario;
 pub mod session;
 pub mod state;
+pub mod steps;
 pub mod sys;
 pub mod tools;
 pub mod victim;

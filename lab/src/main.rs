@@ -2,6 +2,7 @@
 
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
+use lab::steps::Steps;
 use lab::{serve, state, Cmd, Make};
 use std::io::{stderr, stdout, IsTerminal};
 use std::path::PathBuf;
@@ -28,6 +29,14 @@ enum Words {
     },
     /// End both hosts
     Down,
+    /// See a program move from one host to the other while it runs
+    Demo {
+        /// Namespaces on this machine instead of virtual machines
+        #[arg(long)]
+        netns: bool,
+    },
+    /// Use a machine's serial console
+    Console { host: String },
     /// Say what is up
     Status,
     /// Run a command on a host
@@ -66,19 +75,39 @@ fn place(text: &str) -> Result<(&str, &str)> {
         .with_context(|| format!("{text}: expected HOST:PATH"))
 }
 
+fn make(netns: bool) -> Make {
+    if netns {
+        Make::Netns
+    } else {
+        Make::Vm
+    }
+}
+
 fn run(words: Words) -> Result<ExitCode> {
     match words {
         Words::Up { netns, bare } => {
             let _change = state::change()?;
-            let make = if netns { Make::Netns } else { Make::Vm };
-            let lab = state::up(make, &|what| eprintln!("{what}"))?.lab()?;
+            let make = make(netns);
+            let steps = Steps::default();
+            let lab = state::up(make, &|what| steps.begin(what))?.lab()?;
             if !bare {
+                steps.begin("starting pmig serve on both");
                 serve(lab.a(), &[])?;
                 serve(lab.b(), &[])?;
             }
-            println!("a and b are up ({make}); for example:");
-            println!("  cargo lab spawn a -- recursive       prints its PID");
-            println!("  cargo lab exec a -- pmig migrate PID tcp://b --insecure");
+            steps.end();
+            println!("a and b are up ({make}). To get in:");
+            println!("  cargo lab exec a -- COMMAND     runs it there; as root, in /srv/work");
+            if make == Make::Vm {
+                println!("  cargo lab console a             is the machine's serial console");
+            }
+            println!("To move a program:");
+            println!("  cargo lab spawn a -- recursive  starts it and prints its PID");
+            println!("  cargo lab exec a -- pmig migrate PID tcp://b --insecure --files ship");
+        }
+        Words::Demo { netns } => lab::demo::run(make(netns))?,
+        Words::Console { host } => {
+            lab::console::interactive(&state::current()?.machine(&host)?)?;
         }
         Words::Down => {
             let _change = state::change()?;

@@ -5,7 +5,7 @@ use crate::host::{Host, Make};
 use crate::netns::Netns;
 use crate::owner::Owner;
 use crate::pair::{self, passage, Lab, NAMES};
-use crate::vm::Vm;
+use crate::vm::{Machine, Vm};
 use anyhow::{bail, Context, Result};
 use nix::fcntl::Flock;
 use serde::{Deserialize, Serialize};
@@ -84,6 +84,20 @@ impl State {
         })
     }
 
+    /// How a machine of that name was started.
+    ///
+    /// # Errors
+    /// The hosts are no machines, or none is called so.
+    pub fn machine(&self, name: &str) -> Result<Machine> {
+        let index = NAMES.iter().position(|known| *known == name);
+        let owner = index.and_then(|index| self.owners.get(index));
+        let owner = owner.with_context(|| format!("no host is called {name}: try a or b"))?;
+        if self.make != Make::Vm {
+            bail!("{name} is made of namespaces and has no console");
+        }
+        Ok(Vm::attach(name, &self.directory, *owner)?.machine().clone())
+    }
+
     /// Both hosts.
     ///
     /// # Errors
@@ -131,6 +145,9 @@ pub fn up(make: Make, say: &dyn Fn(&str)) -> Result<State> {
     down()?;
     let tag = format!("up.{}", &digest(&build::top().to_string_lossy())[..12]);
     let directory = passage(&tag)?;
+    if make == Make::Netns {
+        say("building pmig and the sample programs");
+    }
     let (netns, vm) = match make {
         Make::Netns => (Some(Lab::netns_hosts(&directory, &tag)?), None),
         Make::Vm => (None, Some(Lab::vm_hosts(&directory, &tag, say)?)),
