@@ -17,6 +17,7 @@ pub const SAMPLES: &[&str] = &[
     "iterative",
     "memory",
     "recursive",
+    "roundtrip",
     "signals",
     "sleeper",
     "ticker",

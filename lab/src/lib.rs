@@ -6,6 +6,7 @@
 //! drives the built `pmig` binary, as a user does.
 
 pub mod agent;
+pub mod bench;
 pub mod build;
 pub mod console;
 pub mod demo;

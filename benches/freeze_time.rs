@@ -1,0 +1,108 @@
+//! How long a ticking program stands still when it is moved: pmig's own figure
+//! (stop at the source to resume at the target), and the gap in the program's
+//! time stamps beside the one it shows unmoved.
+//!
+//! It goes there and back, once a sample. `PMIG_BENCH=short` measures a few
+//! sizes only; a word on the command line picks those whose names contain it.
+//! Without hardware virtualisation all of it takes about an hour.
+
+use anyhow::Result;
+use criterion::{Criterion, SamplingMode};
+use lab::bench::moves::{Moved, Mover};
+use lab::bench::rows::{FreezeRow, Results};
+use lab::bench::{guarded, leave, short, summary, CannotHere, Stages, Went};
+use lab::Make;
+use std::process::ExitCode;
+use std::time::Duration;
+
+/// A program to move, and how.
+type Config = (Make, &'static str, &'static str, u32);
+
+fn configs() -> Vec<Config> {
+    if short() {
+        return vec![
+            (Make::Netns, "ptrace", "hot", 1),
+            (Make::Netns, "ptrace", "hot", 64),
+            (Make::Vm, "auto", "hot", 16),
+        ];
+    }
+    let mut all = Vec::new();
+    for (make, pcbs, sizes) in [
+        (Make::Netns, &["ptrace"][..], &[1, 16, 64, 256, 1024][..]),
+        (Make::Vm, &["ptrace", "kmod"][..], &[1, 16, 64, 256][..]),
+    ] {
+        for pcb in pcbs {
+            for mode in ["hot", "roaming"] {
+                all.extend(sizes.iter().map(|size| (make, *pcb, mode, *size)));
+            }
+        }
+    }
+    all
+}
+
+/// Moves so often, and gives the time the program stood still in all of them.
+fn measure(
+    stages: &mut Stages,
+    (make, pcb, mode, size): Config,
+    mover: &mut Option<Mover>,
+    times: u64,
+    moved: &mut Vec<Moved>,
+) -> Result<Duration> {
+    if mover.is_none() {
+        let stage = stages.get(make)?;
+        if pcb == "kmod" && !stage.has_module() {
+            return Err(CannotHere("the hosts have no /dev/pmig".into()).into());
+        }
+        let line = format!("ticker mode={mode} resident_mb={size} ticks=1000000000");
+        *mover = Some(Mover::start(&stage, &line, &format!("--pcb {pcb}"))?);
+    }
+    let mut frozen = Duration::ZERO;
+    if let Some(mover) = mover {
+        for _ in 0..times {
+            let one = mover.tick()?;
+            frozen += one.told.freeze().total;
+            moved.push(one);
+        }
+    }
+    Ok(frozen)
+}
+
+fn main() -> ExitCode {
+    let mut criterion = Criterion::default()
+        .sample_size(10)
+        // One move, which finds nothing prepared and is left out.
+        .warm_up_time(Duration::from_millis(1))
+        .measurement_time(Duration::from_secs(1))
+        .nresamples(2000)
+        .without_plots()
+        .configure_from_args();
+    let mut group = criterion.benchmark_group("freeze_time");
+    group.sampling_mode(SamplingMode::Flat);
+    let mut results = Results::new();
+    let mut stages = Stages::default();
+    for config in configs() {
+        let (make, pcb, mode, size) = config;
+        let name = format!("{make} {pcb} {mode} {size} MB");
+        let (mut mover, mut moved) = (None, Vec::new());
+        let went = guarded(&name, &mut results, || {
+            group.bench_function(&name, |bencher| {
+                bencher.iter_custom(|times| {
+                    measure(&mut stages, config, &mut mover, times, &mut moved)
+                        .unwrap_or_else(|e| leave(&e))
+                });
+            });
+        });
+        if let (Went::Well, Some(mover)) = (went, &mover) {
+            results.add_link(make, mover.link());
+            let moved = if moved.len() > 1 { &moved[1..] } else { &moved };
+            let row = FreezeRow::new((make, mover.link()), (pcb, mode, size), moved);
+            results.freezes.push(row);
+        }
+        drop(mover);
+        if went == Went::Failed {
+            stages.forget();
+        }
+    }
+    group.finish();
+    summary::conclude("freeze_time", &results)
+}

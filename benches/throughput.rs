@@ -1,0 +1,104 @@
+//! How fast the memory of an idle program travels, beside iperf3 on the same
+//! link just before. Each sample is one move, there or back.
+
+use anyhow::Result;
+use criterion::{Criterion, SamplingMode, Throughput};
+use lab::bench::link::iperf3;
+use lab::bench::moves::{Mover, Told};
+use lab::bench::rows::{Results, ThroughputRow};
+use lab::bench::{guarded, leave, short, summary, Stages, Went};
+use lab::Make;
+use std::process::ExitCode;
+use std::time::Duration;
+
+/// Hosts, and the program's memory in megabytes.
+type Config = (Make, u32);
+/// What a move was like, after iperf3's rate just before it.
+type Moved = (Option<f64>, Told);
+
+fn configs() -> &'static [Config] {
+    if short() {
+        &[(Make::Netns, 256), (Make::Vm, 32)]
+    } else {
+        &[
+            (Make::Netns, 256),
+            (Make::Netns, 1024),
+            (Make::Vm, 64),
+            (Make::Vm, 256),
+        ]
+    }
+}
+
+/// Moves so often, and gives the time the copies took.
+fn measure(
+    stages: &mut Stages,
+    (make, size): Config,
+    mover: &mut Option<Mover>,
+    times: u64,
+    moved: &mut Vec<Moved>,
+) -> Result<Duration> {
+    if mover.is_none() {
+        let stage = stages.get(make)?;
+        // Its first tick lasts for hours; what it has filled is random.
+        let line = format!("ticker resident_mb={size} tick_us=100000000000");
+        *mover = Some(Mover::start(&stage, &line, "")?);
+    }
+    let mut copying = Duration::ZERO;
+    if let Some(mover) = mover {
+        for _ in 0..times {
+            let line = match &mover.link().rate {
+                Ok(_) => {
+                    let (here, there) = mover.hosts();
+                    Some(iperf3(here, there)?)
+                }
+                Err(_) => None,
+            };
+            let told = mover.go()?;
+            copying += told.copying;
+            moved.push((line, told));
+        }
+    }
+    Ok(copying)
+}
+
+fn main() -> ExitCode {
+    let mut criterion = Criterion::default()
+        .sample_size(10)
+        // One move, which finds nothing prepared and is left out.
+        .warm_up_time(Duration::from_millis(1))
+        .measurement_time(Duration::from_secs(1))
+        .nresamples(2000)
+        .without_plots()
+        .configure_from_args();
+    let mut group = criterion.benchmark_group("throughput");
+    group.sampling_mode(SamplingMode::Flat);
+    let mut results = Results::new();
+    let mut stages = Stages::default();
+    for config in configs() {
+        let (make, size) = *config;
+        let name = format!("{make} {size} MB");
+        let (mut mover, mut moved) = (None, Vec::new());
+        group.throughput(Throughput::Bytes(u64::from(size) << 20));
+        let went = guarded(&name, &mut results, || {
+            group.bench_function(&name, |bencher| {
+                bencher.iter_custom(|times| {
+                    measure(&mut stages, *config, &mut mover, times, &mut moved)
+                        .unwrap_or_else(|e| leave(&e))
+                });
+            });
+        });
+        if let (Went::Well, Some(mover)) = (went, &mover) {
+            results.add_link(make, mover.link());
+            let moved = if moved.len() > 1 { &moved[1..] } else { &moved };
+            results
+                .throughputs
+                .push(ThroughputRow::new(make, size, moved));
+        }
+        drop(mover);
+        if went == Went::Failed {
+            stages.forget();
+        }
+    }
+    group.finish();
+    summary::conclude("throughput", &results)
+}

@@ -1,0 +1,196 @@
+//! What was measured, as it is written down: plain data. Times are in
+//! milliseconds, rates in bytes per second; of several moves always the median.
+
+use super::link::Link;
+use super::median;
+use super::moves::{Moved, Told};
+use crate::host::Make;
+use serde::{Deserialize, Serialize};
+use std::time::Duration;
+
+/// One bench's results.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Results {
+    /// Whether these are the few figures of the short mode.
+    pub short: bool,
+    pub links: Vec<LinkRow>,
+    pub freezes: Vec<FreezeRow>,
+    pub throughputs: Vec<ThroughputRow>,
+    /// What this machine cannot measure.
+    pub skipped: Vec<Missing>,
+    /// What went wrong.
+    pub failed: Vec<Missing>,
+}
+
+/// A figure that there is not.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Missing {
+    pub what: String,
+    pub why: String,
+}
+
+/// A link between two hosts.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct LinkRow {
+    pub hosts: Make,
+    pub iperf3: Option<f64>,
+    pub round_trip_ms: f64,
+}
+
+/// How long a ticking program stood still.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct FreezeRow {
+    pub hosts: Make,
+    /// How the PCB was read.
+    pub pcb: String,
+    /// `hot` or `roaming`.
+    pub mode: String,
+    pub resident_mb: u32,
+    pub moves: usize,
+    /// Stop to resume, by pmig.
+    pub freeze_ms: f64,
+    pub worst_ms: f64,
+    /// What pmig says it did meanwhile.
+    pub parts: Vec<(String, f64)>,
+    /// Pages, and bytes over the wire, within the freeze.
+    pub pages: f64,
+    pub bytes: f64,
+    pub rounds: f64,
+    /// These bytes at iperf3's rate, and two round trips; none without iperf3.
+    pub floor_ms: Option<f64>,
+    /// The largest gap in the program's time stamps around the move, the gap
+    /// between its last line at the source and its first at the target, and the
+    /// largest in as long a time without a move.
+    pub gap_ms: f64,
+    pub switch_ms: f64,
+    pub baseline_ms: f64,
+    /// The whole migration.
+    pub total_ms: f64,
+}
+
+/// How fast the memory of an idle program travelled.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ThroughputRow {
+    pub hosts: Make,
+    pub resident_mb: u32,
+    pub moves: usize,
+    /// Bytes per second of the copy.
+    pub rate: f64,
+    /// Bytes per second that iperf3 got between the moves.
+    pub iperf3: Option<f64>,
+    /// The copy against iperf3's run just before it.
+    pub ratio: Option<f64>,
+    /// The whole migration's time against the memory at iperf3's rate.
+    pub whole: Option<f64>,
+    pub total_ms: f64,
+}
+
+impl Results {
+    /// None yet.
+    pub fn new() -> Self {
+        Self {
+            short: super::short(),
+            ..Self::default()
+        }
+    }
+
+    /// Notes a link, once for each make of hosts.
+    pub fn add_link(&mut self, hosts: Make, link: &Link) {
+        if self.links.iter().any(|known| known.hosts == hosts) {
+            return;
+        }
+        if let Err(why) = &link.rate {
+            self.skipped.push(Missing {
+                what: format!("{hosts} iperf3"),
+                why: why.clone(),
+            });
+        }
+        self.links.push(LinkRow::new(hosts, link));
+    }
+}
+
+fn ms(time: Duration) -> f64 {
+    (time.as_secs_f64() * 1e6).round() / 1e3
+}
+
+impl LinkRow {
+    /// A link between hosts of that make.
+    pub fn new(hosts: Make, link: &Link) -> Self {
+        Self {
+            hosts,
+            iperf3: link.rate.as_ref().ok().copied(),
+            round_trip_ms: ms(link.round_trip),
+        }
+    }
+}
+
+impl FreezeRow {
+    /// The medians of some moves over that link.
+    pub fn new(
+        (hosts, link): (Make, &Link),
+        (pcb, mode, resident_mb): (&str, &str, u32),
+        moves: &[Moved],
+    ) -> Self {
+        let of = |figure: &dyn Fn(&Moved) -> f64| median(moves.iter().map(figure));
+        let mut parts = Vec::<(String, f64)>::new();
+        for part in moves.iter().flat_map(|moved| &moved.told.freeze().parts) {
+            if parts.iter().all(|(name, _)| *name != part.name) {
+                let named = |moved: &Moved| {
+                    let all = moved.told.freeze().parts.iter();
+                    all.filter(|other| other.name == part.name)
+                        .map(|other| ms(other.time))
+                        .sum()
+                };
+                parts.push((part.name.to_string(), of(&named)));
+            }
+        }
+        let floor = |moved: &Moved, rate: f64| {
+            moved.told.freeze().bytes as f64 / rate * 1e3 + 2.0 * ms(link.round_trip)
+        };
+        let freezes = moves.iter().map(|moved| ms(moved.told.freeze().total));
+        Self {
+            hosts,
+            pcb: pcb.into(),
+            mode: mode.into(),
+            resident_mb,
+            moves: moves.len(),
+            freeze_ms: median(freezes.clone()),
+            worst_ms: freezes.fold(0.0, f64::max),
+            parts,
+            pages: of(&|moved| moved.told.freeze().pages as f64),
+            bytes: of(&|moved| moved.told.freeze().bytes as f64),
+            rounds: of(&|moved| f64::from(moved.told.summary.rounds)),
+            floor_ms: (link.rate.as_ref().ok()).map(|rate| of(&|moved| floor(moved, *rate))),
+            gap_ms: of(&|moved| ms(moved.gap)),
+            switch_ms: of(&|moved| ms(moved.switch)),
+            baseline_ms: of(&|moved| ms(moved.baseline)),
+            total_ms: of(&|moved| ms(moved.told.summary.total)),
+        }
+    }
+}
+
+impl ThroughputRow {
+    /// The medians of some moves, each with iperf3's rate just before it.
+    pub fn new(hosts: Make, resident_mb: u32, moves: &[(Option<f64>, Told)]) -> Self {
+        let rate = |told: &Told| told.copied as f64 / told.copying.as_secs_f64();
+        let whole = |told: &Told| told.summary.total.as_secs_f64();
+        let iperf3 = moves
+            .iter()
+            .filter_map(|(iperf3, told)| iperf3.map(|rate| (rate, told)))
+            .collect::<Vec<_>>();
+        let against = |figure: &dyn Fn(f64, &Told) -> f64| {
+            let all = iperf3.iter().map(|(line, told)| figure(*line, told));
+            (!iperf3.is_empty()).then(|| median(all))
+        };
+        Self {
+            hosts,
+            resident_mb,
+            moves: moves.len(),
+            rate: median(moves.iter().map(|(_, told)| rate(told))),
+            iperf3: against(&|line, _| line),
+            ratio: against(&|line, told| rate(told) / line),
+            whole: against(&|line, told| whole(told) / (told.copied as f64 / line)),
+            total_ms: median(moves.iter().map(|(_, told)| whole(told) * 1e3)),
+        }
+    }
+}

@@ -1,0 +1,268 @@
+//! The benches' results as a person reads them, and where they are kept.
+
+use super::rows::{FreezeRow, Missing, Results, ThroughputRow};
+use crate::build;
+use anyhow::{Context, Result};
+use serde::Serialize;
+use std::fmt::Write;
+use std::fs;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+/// The benches, in the order of the summary.
+const BENCHES: [&str; 2] = ["freeze_time", "throughput"];
+
+fn directory() -> Result<PathBuf> {
+    let lab = build::directory()?;
+    let directory = lab.with_file_name("pmig-bench");
+    fs::create_dir_all(&directory).with_context(|| format!("create {}", directory.display()))?;
+    Ok(directory)
+}
+
+/// Ends a bench: keeps its results, and prints and writes the summary of all
+/// that there are; fails if anything did.
+pub fn conclude(bench: &str, results: &Results) -> ExitCode {
+    // It was only asked what there is to measure.
+    if results.links.is_empty() && results.failed.is_empty() && results.skipped.is_empty() {
+        return ExitCode::SUCCESS;
+    }
+    if let Err(e) = keep(bench, results) {
+        eprintln!("{bench}: {e:#}");
+        return ExitCode::FAILURE;
+    }
+    ExitCode::from(u8::from(!results.failed.is_empty()))
+}
+
+fn keep(bench: &str, results: &Results) -> Result<()> {
+    let directory = directory()?;
+    let put = |name: &str, text: &str| {
+        let path = directory.join(name);
+        fs::write(&path, text).with_context(|| format!("write {}", path.display()))
+    };
+    put(
+        &format!("{bench}.json"),
+        &serde_json::to_string_pretty(results)?,
+    )?;
+    let known = |name: &&str| {
+        let text = fs::read(directory.join(format!("{name}.json"))).ok()?;
+        // What cannot be understood is another version's.
+        Some((name.to_string(), serde_json::from_slice(&text).ok()?))
+    };
+    let all = BENCHES
+        .iter()
+        .filter_map(known)
+        .collect::<Vec<(String, Results)>>();
+    let text = text(&all);
+    put("summary.md", &text)?;
+    let all = all
+        .iter()
+        .map(|(bench, results)| Named { bench, results })
+        .collect::<Vec<_>>();
+    put("summary.json", &serde_json::to_string_pretty(&all)?)?;
+    println!("\n{text}\nwritten to {}", directory.display());
+    Ok(())
+}
+
+#[derive(Serialize)]
+struct Named<'a> {
+    bench: &'a str,
+    #[serde(flatten)]
+    results: &'a Results,
+}
+
+fn text(all: &[(String, Results)]) -> String {
+    let mut text = String::new();
+    for (bench, results) in all {
+        let short = if results.short { " (short)" } else { "" };
+        let _ = writeln!(text, "## {bench}{short}\n");
+        for link in &results.links {
+            let rate = link.iperf3.map_or("unknown".into(), rate);
+            let _ = writeln!(
+                text,
+                "Link of {}: {rate} by iperf3, round trip {:.2} ms.\n",
+                link.hosts, link.round_trip_ms
+            );
+        }
+        text += &freezes(&results.freezes);
+        text += &throughputs(&results.throughputs);
+        text += &missing("Skipped, since this machine cannot", &results.skipped);
+        text += &missing("Failed", &results.failed);
+    }
+    text
+}
+
+fn freezes(rows: &[FreezeRow]) -> String {
+    if rows.is_empty() {
+        return String::new();
+    }
+    let mut figures = vec![[
+        "program",
+        "moves",
+        "freeze",
+        "worst",
+        "floor",
+        "gap",
+        "of it switch",
+        "gap unmoved",
+        "whole move",
+        "rounds",
+        "last pages",
+    ]
+    .map(str::to_owned)
+    .to_vec()];
+    let mut names = Vec::<&str>::new();
+    for (name, _) in rows.iter().flat_map(|row| &row.parts) {
+        if !names.contains(&name.as_str()) {
+            names.push(name);
+        }
+    }
+    let mut parts = vec![["program", "freeze"]
+        .iter()
+        .chain(&names)
+        .map(|name| (*name).to_owned())
+        .collect::<Vec<_>>()];
+    for row in rows {
+        let program = format!(
+            "{} {} {} {} MB",
+            row.hosts, row.pcb, row.mode, row.resident_mb
+        );
+        let mut line = vec![program.clone(), ms(row.freeze_ms)];
+        line.extend(names.iter().map(|name| {
+            let found = row.parts.iter().find(|(known, _)| known == name);
+            found.map_or("-".into(), |(_, time)| format!("{time:.2}"))
+        }));
+        parts.push(line);
+        figures.push(vec![
+            program,
+            row.moves.to_string(),
+            ms(row.freeze_ms),
+            ms(row.worst_ms),
+            row.floor_ms.map_or("?".into(), ms),
+            ms(row.gap_ms),
+            ms(row.switch_ms),
+            ms(row.baseline_ms),
+            ms(row.total_ms),
+            format!("{:.0}", row.rounds),
+            format!("{:.0}", row.pages),
+        ]);
+    }
+    format!(
+        "Medians in milliseconds. Freeze: stop to resume, by pmig. Floor: the bytes of the freeze \
+         at iperf3's rate, and two round trips. Gap: the largest in the program's own time stamps \
+         around its move; unmoved: in as long a time before.\n\n{}\nThe freeze in its parts:\n\n{}\n",
+        table(&figures),
+        table(&parts)
+    )
+}
+
+fn throughputs(rows: &[ThroughputRow]) -> String {
+    if rows.is_empty() {
+        return String::new();
+    }
+    let mut lines = vec![[
+        "program",
+        "moves",
+        "memory",
+        "iperf3",
+        "ratio",
+        "whole move",
+        "of ideal",
+    ]
+    .map(str::to_owned)
+    .to_vec()];
+    for row in rows {
+        lines.push(vec![
+            format!("{} idle {} MB", row.hosts, row.resident_mb),
+            row.moves.to_string(),
+            rate(row.rate),
+            row.iperf3.map_or("?".into(), rate),
+            row.ratio
+                .map_or("?".into(), |ratio| format!("{:.0} %", ratio * 100.0)),
+            format!("{} ms", ms(row.total_ms)),
+            row.whole
+                .map_or("?".into(), |whole| format!("{whole:.2} x")),
+        ]);
+    }
+    format!(
+        "Medians. Memory: incompressible bytes per second of the copy. Ratio: against iperf3 just \
+         before it. Of ideal: the whole move against the memory at iperf3's rate.\n\n{}\n",
+        table(&lines)
+    )
+}
+
+fn missing(title: &str, all: &[Missing]) -> String {
+    let mut text = String::new();
+    if !all.is_empty() {
+        let _ = writeln!(text, "{title}:\n");
+        for one in all {
+            let _ = writeln!(text, "- {}: {}", one.what, one.why.replace('\n', " "));
+        }
+        text.push('\n');
+    }
+    text
+}
+
+fn ms(value: f64) -> String {
+    format!("{value:.1}")
+}
+
+fn rate(value: f64) -> String {
+    format!("{:.0} MB/s", value / 1e6)
+}
+
+/// A table in Markdown whose columns are in line as plain text too.
+fn table(lines: &[Vec<String>]) -> String {
+    let columns = lines.iter().map(Vec::len).max().unwrap_or(0);
+    let width = |column: usize| {
+        let cells = lines.iter().filter_map(|line| line.get(column));
+        cells.map(String::len).max().unwrap_or(0)
+    };
+    let widths = (0..columns).map(width).collect::<Vec<_>>();
+    let mut text = String::new();
+    for (number, line) in lines.iter().enumerate() {
+        for (column, (cell, width)) in line.iter().zip(&widths).enumerate() {
+            let _ = match column {
+                0 => write!(text, "| {cell:<width$} "),
+                _ => write!(text, "| {cell:>width$} "),
+            };
+        }
+        text += "|\n";
+        if number == 0 {
+            for (column, width) in widths.iter().enumerate() {
+                let rule = "-".repeat(width + 1);
+                text += &match column {
+                    0 => format!("|{rule}-"),
+                    _ => format!("|{rule}:"),
+                };
+            }
+            text += "|\n";
+        }
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tables_are_in_line() {
+        let lines = [
+            vec!["a".to_owned(), "bcd".into()],
+            vec!["xyz".into(), "1".into()],
+        ];
+        let expected = "| a   | bcd |\n|-----|----:|\n| xyz |   1 |\n";
+        assert_eq!(table(&lines), expected);
+    }
+
+    #[test]
+    fn what_is_missing_is_named() {
+        let mut results = Results::default();
+        results.skipped.push(Missing {
+            what: "vm kmod hot 1 MB".into(),
+            why: "no module".into(),
+        });
+        let text = text(&[("freeze_time".into(), results)]);
+        assert!(text.contains("- vm kmod hot 1 MB: no module"), "{text}");
+    }
+}
