@@ -6,7 +6,7 @@
 //! sizes only; a word on the command line picks those whose names contain it.
 //! Without hardware virtualisation all of it takes about an hour.
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use criterion::{Criterion, SamplingMode};
 use lab::bench::moves::{Moved, Mover};
 use lab::bench::rows::{FreezeRow, Results};
@@ -40,14 +40,12 @@ fn configs() -> Vec<Config> {
     all
 }
 
-/// Moves so often, and gives the time the program stood still in all of them.
-fn measure(
+/// Starts the program, once.
+fn start<'a>(
     stages: &mut Stages,
     (make, pcb, mode, size): Config,
-    mover: &mut Option<Mover>,
-    times: u64,
-    moved: &mut Vec<Moved>,
-) -> Result<Duration> {
+    mover: &'a mut Option<Mover>,
+) -> Result<&'a mut Mover> {
     if mover.is_none() {
         let stage = stages.get(make)?;
         if pcb == "kmod" && !stage.has_module() {
@@ -56,13 +54,16 @@ fn measure(
         let line = format!("ticker mode={mode} resident_mb={size} ticks=1000000000");
         *mover = Some(Mover::start(&stage, &line, &format!("--pcb {pcb}"))?);
     }
+    mover.as_mut().context("no program was started")
+}
+
+/// Moves so often, and gives the time the program stood still in all of them.
+fn measure(mover: &mut Mover, times: u64, moved: &mut Vec<Moved>) -> Result<Duration> {
     let mut frozen = Duration::ZERO;
-    if let Some(mover) = mover {
-        for _ in 0..times {
-            let one = mover.tick()?;
-            frozen += one.told.freeze().total;
-            moved.push(one);
-        }
+    for _ in 0..times {
+        let one = mover.tick()?;
+        frozen += one.told.freeze().total;
+        moved.push(one);
     }
     Ok(frozen)
 }
@@ -86,9 +87,9 @@ fn main() -> ExitCode {
         let (mut mover, mut moved) = (None, Vec::new());
         let went = guarded(&name, &mut results, || {
             group.bench_function(&name, |bencher| {
+                let mover = start(&mut stages, config, &mut mover).unwrap_or_else(|e| leave(&e));
                 bencher.iter_custom(|times| {
-                    measure(&mut stages, config, &mut mover, times, &mut moved)
-                        .unwrap_or_else(|e| leave(&e))
+                    measure(mover, times, &mut moved).unwrap_or_else(|e| leave(&e))
                 });
             });
         });

@@ -1,7 +1,7 @@
 //! How fast the memory of an idle program travels, beside iperf3 on the same
 //! link just before. Each sample is one move, there or back.
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use criterion::{Criterion, SamplingMode, Throughput};
 use lab::bench::link::iperf3;
 use lab::bench::moves::{Mover, Told};
@@ -29,34 +29,35 @@ fn configs() -> &'static [Config] {
     }
 }
 
-/// Moves so often, and gives the time the copies took.
-fn measure(
+/// Starts the program, once.
+fn start<'a>(
     stages: &mut Stages,
     (make, size): Config,
-    mover: &mut Option<Mover>,
-    times: u64,
-    moved: &mut Vec<Moved>,
-) -> Result<Duration> {
+    mover: &'a mut Option<Mover>,
+) -> Result<&'a mut Mover> {
     if mover.is_none() {
         let stage = stages.get(make)?;
         // Its first tick lasts for hours; what it has filled is random.
         let line = format!("ticker resident_mb={size} tick_us=100000000000");
         *mover = Some(Mover::start(&stage, &line, "")?);
     }
+    mover.as_mut().context("no program was started")
+}
+
+/// Moves so often, and gives the time the copies took.
+fn measure(mover: &mut Mover, times: u64, moved: &mut Vec<Moved>) -> Result<Duration> {
     let mut copying = Duration::ZERO;
-    if let Some(mover) = mover {
-        for _ in 0..times {
-            let line = match &mover.link().rate {
-                Ok(_) => {
-                    let (here, there) = mover.hosts();
-                    Some(iperf3(here, there)?)
-                }
-                Err(_) => None,
-            };
-            let told = mover.go()?;
-            copying += told.copying;
-            moved.push((line, told));
-        }
+    for _ in 0..times {
+        let line = match &mover.link().rate {
+            Ok(_) => {
+                let (here, there) = mover.hosts();
+                Some(iperf3(here, there)?)
+            }
+            Err(_) => None,
+        };
+        let told = mover.go()?;
+        copying += told.copying;
+        moved.push((line, told));
     }
     Ok(copying)
 }
@@ -81,9 +82,9 @@ fn main() -> ExitCode {
         group.throughput(Throughput::Bytes(u64::from(size) << 20));
         let went = guarded(&name, &mut results, || {
             group.bench_function(&name, |bencher| {
+                let mover = start(&mut stages, *config, &mut mover).unwrap_or_else(|e| leave(&e));
                 bencher.iter_custom(|times| {
-                    measure(&mut stages, *config, &mut mover, times, &mut moved)
-                        .unwrap_or_else(|e| leave(&e))
+                    measure(mover, times, &mut moved).unwrap_or_else(|e| leave(&e))
                 });
             });
         });
