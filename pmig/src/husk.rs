@@ -189,9 +189,9 @@ impl Husk {
         bad()
     }
 
-    /// Lets it enter a time namespace. It must be single-threaded, and root.
-    pub fn enter_time(&mut self, namespace: BorrowedFd<'_>) -> Result<()> {
-        let mut b = Batch::new();
+    /// Adds to a batch what lets it enter a time namespace. It must be
+    /// single-threaded, and root.
+    pub fn enter_time(b: &mut Batch, namespace: BorrowedFd<'_>) {
         let us = b.call(
             "look at pmig",
             libc::SYS_pidfd_open,
@@ -210,7 +210,6 @@ impl Husk {
         for fd in [us, ns] {
             b.call("close", libc::SYS_close, &[fd.into()]);
         }
-        self.stopped.run(b).map(drop)
     }
 
     /// Takes our memory out of it; then it stands as the program will go on.

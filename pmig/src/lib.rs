@@ -13,6 +13,7 @@ pub mod image;
 pub mod interrupt;
 pub mod journal;
 pub mod keeper;
+pub mod laps;
 pub mod lineage;
 pub mod patience;
 pub mod phase;

@@ -21,6 +21,7 @@ use crate::image::{Final, Preview};
 use crate::interrupt;
 use crate::journal::{Armed, Committing, Lost, New};
 use crate::keeper::Keeper;
+use crate::laps::Laps;
 use crate::lineage;
 use crate::patience::patience;
 use crate::phase::Phase;
@@ -36,6 +37,7 @@ use crate::state::paths::FilePath;
 use crate::state::pcb::{self, Backend, CaptureContext, MachineFacts, PcbChoice};
 use crate::state::restart::{ProgramClock, Watch as RestartWatch};
 use crate::state::signals::Signals;
+use crate::sys::memory::keep_in;
 use crate::tracee::{Ground, Stopped};
 use crate::transport::{self, Addr};
 use files::SourceFiles;
@@ -150,6 +152,7 @@ struct Run<'a> {
     freeze: Freeze,
     /// For the freeze's parts.
     lap: Instant,
+    laps: Laps,
     stopped_at: Option<Reading>,
     /// As captured.
     signals: Option<Signals>,
@@ -259,6 +262,7 @@ impl<'a> Run<'a> {
             rounds: 0,
             freeze: Freeze::default(),
             lap: Instant::now(),
+            laps: Laps::new(),
             stopped_at: None,
             signals: None,
         };
@@ -341,6 +345,7 @@ impl<'a> Run<'a> {
     fn copy(&mut self, b: &mut Building) -> Result<()> {
         let begun = self.begin(Phase::Copy);
         b.keeper.enter(Phase::Copy)?;
+        keep_in();
         let mut smallest = u64::MAX;
         let mut worse = 0;
         let mut last_look = None;
@@ -402,6 +407,7 @@ impl<'a> Run<'a> {
         self.wire.set_deadline(patience(FROZEN_PATIENCE))?;
         b.keeper.stopped()?;
         self.lap = Instant::now();
+        self.laps = Laps::new();
         let before = self.wire.sent;
         self.stopped_at = Some(Reading::now());
         let mut stopped = Stopped::seize(self.pid)?;
@@ -489,11 +495,16 @@ impl<'a> Run<'a> {
 
     /// Sends the order to let it run, and hears when it does.
     fn commit(&mut self, committing: &Committing) -> Result<Reading> {
+        self.laps.add("recorded");
         self.begin(Phase::Commit);
         self.wire.send(&ToTarget::Commit(committing.order()))?;
         fault::point(Phase::Commit, Role::Source, || self.wire.link().cut());
         match answer(&mut self.wire)? {
-            ToSource::Committed { at } => Ok(at),
+            ToSource::Committed { at } => {
+                self.laps.add("order answered");
+                self.laps.log("source");
+                Ok(at)
+            }
             other => Err(unexpected(&self.wire, &other)),
         }
     }

@@ -71,12 +71,14 @@ impl Run<'_> {
     pub(super) fn part(&mut self, name: &'static str) {
         let now = Instant::now();
         self.freeze.add(name, now.duration_since(self.lap));
+        self.laps.add(name);
         self.lap = now;
     }
 
     /// Divides the wait for Ready into the target's own work and the wire.
     pub(super) fn wait_in_parts(&mut self, there: Ready) {
         let waited = self.lap.elapsed();
+        self.laps.add("waited for ready");
         self.lap = Instant::now();
         let mut left = waited;
         for (name, ns) in [

@@ -6,6 +6,7 @@ pub mod fds;
 pub mod inherit;
 pub mod kmod;
 pub mod limits;
+pub mod memory;
 pub mod pagemap;
 pub mod pidfd;
 pub mod ptrace;

@@ -128,12 +128,15 @@ impl TargetFiles {
     }
 
     pub fn commit(&mut self) -> Result<()> {
-        // What the program left here earlier is replaced now, or is no longer
-        // what it left.
+        self.receiver.commit()
+    }
+
+    /// What the program left here earlier is replaced now, or is no longer
+    /// what it left.
+    pub fn forget_leftovers(&self) {
         if let Err(e) = self.ledger.forget(&self.lineage) {
             tracing::warn!("{e}");
         }
-        self.receiver.commit()
     }
 
     pub fn keep(&mut self) {

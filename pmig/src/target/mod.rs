@@ -18,6 +18,7 @@ use crate::hold::{self, Hold};
 use crate::husk::Husk;
 use crate::image::{Final, Preview};
 use crate::journal::{self, Fate, New};
+use crate::laps::Laps;
 use crate::lineage;
 use crate::patience::patience;
 use crate::phase::Phase;
@@ -29,6 +30,7 @@ use crate::state::fd::{FdTable, Opened};
 use crate::state::memory::{Kernel, Layout};
 use crate::state::pcb::{self, Backend, MachineFacts, PcbChoice, PcbSupplies};
 use crate::state::restart::ProgramClock;
+use crate::sys::memory::keep_in;
 use crate::sys::{pidfd, timens};
 use crate::tracee::Batch;
 use files::TargetFiles;
@@ -211,6 +213,7 @@ struct Building {
     mapped: BTreeMap<u32, OwnedFd>,
     /// The process, once its cgroup holds it.
     process: Option<OwnedFd>,
+    laps: Laps,
 }
 
 impl Building {
@@ -262,6 +265,7 @@ impl Building {
                 descriptors,
                 mapped,
                 process: None,
+                laps: Laps::new(),
             }),
             Err(e) => {
                 if let Err(e) = hold.kill() {
@@ -275,6 +279,7 @@ impl Building {
     /// Takes in what is sent, until the last word.
     fn copy(&mut self, wire: &mut Wire) -> Result<Box<Final>> {
         wire.send(&ToSource::Built)?;
+        keep_in();
         let mut buf = vec![0; MAX_RAW];
         loop {
             watch_over(PATIENCE);
@@ -302,6 +307,7 @@ impl Building {
                     wire.send(&ToSource::RoundDone)?;
                 }
                 ToTarget::Final(last) => {
+                    self.laps = Laps::new();
                     fault::point(Phase::Freeze, Role::Target, || wire.link().cut());
                     return Ok(last);
                 }
@@ -360,11 +366,11 @@ impl Building {
         self.files.finish(&shipped)?;
         self.open_descriptors(descriptors)?;
         let exe = self.files.open(&self.preview.exe)?;
+        self.laps.add("files opened");
         let husk = self.husk.as_mut().ok_or_else(no_husk)?;
         let time = clock.restore()?;
-        husk.enter_time(time.as_fd())?;
-
         let mut batch = Batch::new();
+        Husk::enter_time(&mut batch, time.as_fd());
         let own = std::process::id() as i32;
         let installation = self.descriptors.install(own, &mut batch);
         let us = batch.call(
@@ -380,6 +386,7 @@ impl Building {
         batch.call("close", libc::SYS_close, &[us.into()]);
         let done = husk.stopped().run(batch)?;
         installation.check(&done)?;
+        self.laps.add("descriptors and time in the husk");
         part(&mut times.descriptors);
 
         let supplies = PcbSupplies {
@@ -389,13 +396,16 @@ impl Building {
             exe: Some(done.result(exe_there) as i32),
         };
         backend.restore(husk.stopped(), &pcb, &supplies)?;
+        self.laps.add("pcb");
         husk.settle()?;
+        self.laps.add("settled");
         part(&mut times.pcb);
 
         let hold = self.hold.take().ok_or_else(no_husk)?;
         hold.freeze(hold::PATIENCE)?;
         let husk = self.husk.take().ok_or_else(no_husk)?;
         self.process = Some(husk.let_go()?);
+        self.laps.add("held");
         part(&mut times.hold);
         Ok(times)
     }
@@ -412,7 +422,10 @@ impl Building {
         wire.send(&ToSource::Ready(times))?;
         fault::point(Phase::Ready, Role::Target, || wire.link().cut());
         match wire.recv()? {
-            ToTarget::Commit(order) => Ok(order),
+            ToTarget::Commit(order) => {
+                self.laps.add("order came");
+                Ok(order)
+            }
             other => Err(out_of_turn(wire, &other)),
         }
     }
@@ -424,17 +437,23 @@ impl Building {
             mut files,
             descriptors,
             process,
+            mut laps,
             ..
         } = self;
+        laps.add("recorded");
         // While this lives, so do both ends of every pipe.
         drop(descriptors);
         let placed = files.commit();
+        laps.add("files in place");
         committed.thaw_again()?;
         let at = Reading::now();
+        laps.add("thawed");
         let told = wire.send(&ToSource::Committed { at });
         fault::point(Phase::Release, Role::Target, || wire.link().cut());
         // Writing files through to the disk takes its time.
         watch_over(PATIENCE);
+        laps.log("target");
+        files.forget_leftovers();
         if let Err(e) = lineage::note(hello.preview.needs.pid, &hello.preview.lineage) {
             tracing::warn!("where the program came from is not noted: {e}");
         }
