@@ -161,7 +161,10 @@ fn shared_checks(status: &Status) -> Result<Vec<Obstacle>> {
             "",
         ));
     }
-    let children = children(pid)?;
+    let children = match status.known.threads {
+        1 => children_of(pid, pid)?,
+        _ => children(pid)?,
+    };
     if !children.is_empty() {
         let list: Vec<String> = children.iter().take(8).map(i32::to_string).collect();
         let more = if children.len() > 8 { ", ..." } else { "" };
@@ -203,20 +206,27 @@ fn children(pid: i32) -> Result<Vec<i32>> {
     let tasks = format!("/proc/{pid}/task");
     let mut all = Vec::new();
     for task in fs::read_dir(&tasks).context("list", &tasks)?.flatten() {
-        let name = format!("task/{}/children", task.file_name().to_string_lossy());
-        match proc::text(pid, &name) {
-            Ok(text) => all.extend(
-                text.split_whitespace()
-                    .filter_map(|w| w.parse::<i32>().ok()),
-            ),
-            Err(Error::Os { cause, .. }) if cause.raw_os_error() == Some(libc::ENOENT) => {
-                // A kernel without CONFIG_PROC_CHILDREN, or a thread that ended.
-                return children_by_parent(pid);
-            }
-            Err(e) => return Err(e),
+        if let Some(thread) = task.file_name().to_str().and_then(|n| n.parse().ok()) {
+            all.extend(children_of(pid, thread)?);
         }
     }
+    all.sort_unstable();
+    all.dedup();
     Ok(all)
+}
+
+fn children_of(pid: i32, thread: i32) -> Result<Vec<i32>> {
+    match proc::text(pid, &format!("task/{thread}/children")) {
+        Ok(text) => Ok(text
+            .split_whitespace()
+            .filter_map(|w| w.parse::<i32>().ok())
+            .collect()),
+        // A kernel without CONFIG_PROC_CHILDREN, or a thread that ended.
+        Err(Error::Os { cause, .. }) if cause.raw_os_error() == Some(libc::ENOENT) => {
+            children_by_parent(pid)
+        }
+        Err(e) => Err(e),
+    }
 }
 
 fn children_by_parent(pid: i32) -> Result<Vec<i32>> {
@@ -285,9 +295,12 @@ fn namespace(who: &str, name: &str) -> io::Result<PathBuf> {
 fn label(pid: i32) -> Option<Obstacle> {
     let read = |who: &str| proc::setting(&format!("/proc/{who}/attr/current"));
     let clean = |l: String| l.trim_matches(['\0', '\n', ' ']).to_string();
+    static OWN: OnceLock<Option<String>> = OnceLock::new();
+    // Where pmig itself has none to read, no security module labels anything.
+    let own = OWN.get_or_init(|| read("self").map(clean)).as_ref()?;
     let theirs = clean(read(&pid.to_string())?);
     let free = theirs.is_empty() || theirs == "unconfined" || theirs == "kernel";
-    if free || read("self").map(clean).as_deref() == Some(theirs.as_str()) {
+    if free || *own == theirs {
         return None;
     }
     Some(Obstacle::new(

@@ -1,11 +1,12 @@
 //! End to end on real programs: what a program made of itself is captured,
 //! and a twin that did nothing of the kind gets it all.
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use super::*;
+use crate::proc::sched::InCall;
 use crate::state::restart::Timed;
 use crate::tracee::Ground;
 
@@ -14,6 +15,8 @@ struct Program {
     child: Child,
     out: BufReader<std::process::ChildStdout>,
     others: Vec<i32>,
+    /// Surveyed before anything is timed, as a migration does.
+    ground: Option<Ground>,
 }
 
 impl Drop for Program {
@@ -30,6 +33,7 @@ impl Drop for Program {
 fn python(script: &str) -> Program {
     let mut child = Command::new("python3")
         .args(["-S", "-c", script])
+        .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .spawn()
         .expect("python3 is there");
@@ -38,6 +42,7 @@ fn python(script: &str) -> Program {
         child,
         out,
         others: Vec::new(),
+        ground: None,
     }
 }
 
@@ -50,6 +55,15 @@ impl Program {
 
     fn pid(&self) -> i32 {
         self.child.id() as i32
+    }
+
+    fn stop(&mut self, watch: &mut Watch) -> Stopped {
+        let pid = self.pid();
+        let ground = self
+            .ground
+            .get_or_insert_with(|| Ground::survey(pid).unwrap())
+            .clone();
+        stop(pid, watch).on(ground)
     }
 }
 
@@ -65,10 +79,8 @@ fn asleep(pid: i32) {
 }
 
 fn stop(pid: i32, watch: &mut Watch) -> Stopped {
-    // As a migration does: the search for a way home comes before the stop.
-    let ground = Ground::survey(pid).unwrap();
     watch.before(pid);
-    let stopped = Stopped::seize(pid).unwrap().on(ground);
+    let stopped = Stopped::seize(pid).unwrap();
     watch.stopped(&stopped, ProgramClock::default()).unwrap();
     stopped
 }
@@ -265,7 +277,7 @@ fn it_travels_unchanged() {
     p.line();
     asleep(p.pid());
     let mut watch = Watch::new();
-    let mut s = stop(p.pid(), &mut watch);
+    let mut s = p.stop(&mut watch);
     let pcb = capture(&mut s, &watch).unwrap();
     s.detach().unwrap();
     let config = bincode::config::standard();
@@ -282,16 +294,22 @@ fn sleeper(call: &str) -> Program {
          libc = ctypes.CDLL(None, use_errno=True)\n\
          span = ctypes.create_string_buffer(struct.pack('=qq', 3, 0))\n\
          word = ctypes.create_string_buffer(struct.pack('=q', 5))\n\
-         moment = ctypes.create_string_buffer(struct.pack('=qq', int(time.monotonic()) + 4, 0))\n\
+         moment = ctypes.create_string_buffer(struct.pack('=qq', int(time.monotonic()) + 5, 0))\n\
          A = lambda b: ctypes.c_ulong(ctypes.addressof(b))\n\
          print(0, flush=True)\n\
+         input()\n\
          t = time.monotonic()\n\
          r = libc.syscall({call})\n\
          e = ctypes.get_errno() if r < 0 else 0\n\
          print(r, e, time.monotonic() - t, flush=True)\n"
     ));
     p.line();
-    asleep(p.pid());
+    p.ground = Some(Ground::survey(p.pid()).unwrap());
+    writeln!(p.child.stdin.as_ref().unwrap()).unwrap();
+    let reads = |c: InCall| c.number == libc::SYS_read;
+    while InCall::read(p.pid()).unwrap().is_none_or(reads) {
+        std::thread::sleep(Duration::from_millis(2));
+    }
     p
 }
 
@@ -319,7 +337,7 @@ fn through_stops_by(backend: &Backend, call: &str, result: (i64, i32)) {
     let mut watch = backend.watch();
     for round in 0..3 {
         std::thread::sleep(Duration::from_millis(150));
-        let mut s = stop(p.pid(), &mut watch);
+        let mut s = p.stop(&mut watch);
         let pcb = capture_by(backend, &mut s, &watch).unwrap();
         let Restart::Timed(Timed { deadline, .. }) = pcb.restart else {
             panic!("{call} by {by}: {:?} in round {round}", pcb.restart);
@@ -373,7 +391,7 @@ fn again(call: &str, number: i64, wake: impl Fn(&Program) -> bool, result: (i64,
         let mut p = sleeper(call);
         let mut watch = backend.watch();
         for round in 0..3 {
-            let mut s = stop(p.pid(), &mut watch);
+            let mut s = p.stop(&mut watch);
             let pcb = capture_by(&backend, &mut s, &watch).unwrap();
             assert_eq!(pcb.restart, Restart::Again(number), "{call} in {round}");
             if round < 2 {
@@ -417,7 +435,7 @@ fn a_wait_for_ever_is_made_again() {
 fn a_wait_that_ended_meanwhile_has_its_result() {
     let mut p = sleeper("35, A(span), 0");
     let mut watch = Watch::new();
-    let mut s = stop(p.pid(), &mut watch);
+    let mut s = p.stop(&mut watch);
     let restart = Restart::capture(&s, &watch).unwrap();
     let regs = s.regs();
     // A minute later by the program's clock.
@@ -441,7 +459,7 @@ fn what_cannot_be_carried_is_named_at_the_freeze() {
     p.line();
     asleep(p.pid());
     let mut watch = Watch::new();
-    let mut s = stop(p.pid(), &mut watch);
+    let mut s = p.stop(&mut watch);
     match capture(&mut s, &watch) {
         Err(Error::Refused(o)) => {
             assert_eq!(o.len(), 1);
@@ -467,7 +485,7 @@ fn locked_memory_to_come_is_found() {
         p.line();
         asleep(p.pid());
         let mut watch = Watch::new();
-        let mut s = stop(p.pid(), &mut watch);
+        let mut s = p.stop(&mut watch);
         match capture(&mut s, &watch) {
             Err(Error::Refused(o)) if found => assert_eq!(o[0].object, "memory locking"),
             Ok(_) if !found => {}
@@ -490,7 +508,7 @@ fn a_capture_is_quick_by(backend: &Backend) {
     let mut best = Duration::MAX;
     for _ in 0..20 {
         let mut watch = backend.watch();
-        let mut s = stop(p.pid(), &mut watch);
+        let mut s = p.stop(&mut watch);
         let begun = Instant::now();
         capture_by(backend, &mut s, &watch).unwrap();
         best = best.min(begun.elapsed());
