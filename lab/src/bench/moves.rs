@@ -193,7 +193,11 @@ fn told(said: &str) -> Result<Told> {
     for line in said.lines() {
         match serde_json::from_str::<Event>(line) {
             Ok(Event::RoundEnded(round)) => copied += round.bytes,
-            Ok(Event::Ended { phase, elapsed, .. }) if phase == Phase::Copy => copying = elapsed,
+            Ok(Event::Ended {
+                phase: Phase::Copy,
+                elapsed,
+                ..
+            }) => copying = elapsed,
             Ok(Event::Done(done)) => summary = Some(done),
             _ => {}
         }
