@@ -368,6 +368,35 @@ fn a_sleep_goes_on_to_its_end() {
     through_stops("35, A(span), 0", (0, 0));
 }
 
+/// Somebody else stopped it before, so that all that is known of its sleep is a
+/// timer that vanishes with it.
+#[test]
+fn a_restarted_sleep_is_known_by_its_timer() {
+    if !nix::unistd::geteuid().is_root() {
+        return eprintln!("skipped: only root sees the timers of the machine");
+    }
+    let mut p = sleeper("35, A(span), 0");
+    let begun = Instant::now();
+    let mut found = 0;
+    for round in 0..10 {
+        let mut watch = Watch::new();
+        let s = p.stop(&mut watch);
+        // On a busy machine other timers vanish in the same moment.
+        if let Ok(Restart::Timed(t)) = Restart::capture(&s, &watch) {
+            let left = t.deadline - ProgramClock::default().now();
+            let due = 3_000_000_000 - begun.elapsed().as_nanos() as i64;
+            assert!(
+                (left - due).abs() < 500_000_000,
+                "{left} in {round}, due {due}"
+            );
+            found += (s.regs().orig_rax == libc::SYS_restart_syscall as u64) as u32;
+        }
+        s.detach().unwrap();
+        std::thread::sleep(Duration::from_millis(30));
+    }
+    assert!(found > 0);
+}
+
 #[test]
 fn a_sleep_that_tells_what_is_left_goes_on_to_its_end() {
     through_stops("35, A(span), A(span)", (0, 0));
