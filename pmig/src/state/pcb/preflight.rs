@@ -423,6 +423,12 @@ mod tests {
     }
 
     #[test]
+    fn limits_read_as_text_are_the_same() {
+        let me = std::process::id() as i32;
+        assert_eq!(limits_text(me).unwrap(), Limits::own().unwrap());
+    }
+
+    #[test]
     fn threads_and_children_are_named() {
         let me = std::process::id() as i32;
         let child = run("/bin/sleep", &["60"]);
