@@ -32,9 +32,8 @@ use crate::phase::Phase;
 use crate::resolve::{self, Now};
 use crate::sys::inherit::close_from;
 
-/// So many times longer pmig may be silent after COMMITTING, when nothing can be
-/// undone and it
-/// is asking the target.
+/// pmig may be silent so many times longer after COMMITTING, when nothing can
+/// be undone and it is asking the target itself.
 const COMMIT_FACTOR: u32 = 3;
 
 /// How long the target is asked after pmig's death, before a later command or a

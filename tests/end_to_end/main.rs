@@ -3,6 +3,7 @@
 //! Each claim is tried on namespaces of this machine and on machines of QEMU's
 //! where it can be, there with both ways to read a process control block.
 
+#[path = "../faults/mod.rs"]
 mod faults;
 mod hosts;
 mod moving;

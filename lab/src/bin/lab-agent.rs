@@ -4,6 +4,8 @@ use lab::inside::{machine, namespace};
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
+    // Whatever the one who started the lab left open is not for its programs.
+    let _ = pmig::sys::inherit::close_from(3);
     let words = std::env::args().skip(1).collect::<Vec<_>>();
     let words = words.iter().map(String::as_str).collect::<Vec<_>>();
     let result = match words.as_slice() {

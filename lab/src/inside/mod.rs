@@ -87,7 +87,9 @@ fn reap(agent: &mut Command, end: impl Fn()) -> Result<()> {
                 end();
                 exit(0);
             }
-            Ok(_) | Err(Errno::EINTR) => {}
+            // EINVAL: it was reaped, but a real-time signal ended it, which nix
+            // has no word for.
+            Ok(_) | Err(Errno::EINTR | Errno::EINVAL) => {}
             Err(e) => return Err(e).context("wait for children"),
         }
     }

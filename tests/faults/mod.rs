@@ -1,0 +1,17 @@
+//! Whatever breaks, and wherever, and whoever lies: a program runs on whole, in
+//! one place.
+
+mod cell;
+mod crashes;
+mod hostile;
+mod matrix;
+mod proxy;
+
+use lab::harness::Trial;
+
+pub fn trials() -> Vec<Trial> {
+    let mut trials = matrix::trials();
+    trials.extend(crashes::trials());
+    trials.extend(hostile::trials());
+    trials
+}
