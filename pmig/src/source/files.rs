@@ -108,7 +108,7 @@ impl SourceFiles {
 
     /// Sends what changed since the last pass.
     pub fn pass(&mut self, wire: &mut Wire) -> Result<u64> {
-        let shipped = self.send(wire)?;
+        let shipped = self.send(wire, &mut || Ok(()))?;
         for (n, s) in shipped.iter().enumerate() {
             wire.send(&ToTarget::PassEnd {
                 file: n as u32,
@@ -120,7 +120,12 @@ impl SourceFiles {
     }
 
     /// Sends the rest, while nobody writes.
-    pub fn last_pass(&mut self, wire: &mut Wire) -> Result<Vec<Shipped>> {
+    /// `alive` is called again and again.
+    pub fn last_pass(
+        &mut self,
+        wire: &mut Wire,
+        alive: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<Vec<Shipped>> {
         let changed = self.sources.changed()?;
         if !changed.is_empty() {
             return Err(Error::Refused(
@@ -136,13 +141,19 @@ impl SourceFiles {
                     .collect(),
             ));
         }
-        self.send(wire)
+        self.send(wire, alive)
     }
 
-    fn send(&mut self, wire: &mut Wire) -> Result<Vec<Shipped>> {
+    fn send(
+        &mut self,
+        wire: &mut Wire,
+        alive: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<Vec<Shipped>> {
         let mut all = Vec::with_capacity(self.shipments.len());
         for (n, shipment) in self.shipments.iter_mut().enumerate() {
+            alive()?;
             let pass = shipment.pass(|offset, bytes| {
+                alive()?;
                 let head = ToTarget::Block {
                     file: n as u32,
                     offset,

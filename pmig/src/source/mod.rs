@@ -438,7 +438,9 @@ impl<'a> Run<'a> {
         self.part("pcb");
 
         self.signals = Some(pcb.signals.clone());
-        let shipped = self.files.last_pass(&mut self.wire)?;
+        let shipped = self
+            .files
+            .last_pass(&mut self.wire, &mut || b.keeper.alive())?;
         self.part("files");
         self.wire
             .send(&ToTarget::Final(Box::new(Final {

@@ -181,14 +181,19 @@ fn consider(hello: &Hello, files: &mut TargetFiles, backend: &Backend) -> Result
 /// Memory that is needed beside the program's own.
 const SPARE: u64 = 16 << 20;
 
-/// Whether the program's memory would fit now.
-fn short_of_memory(preview: &Preview, host: &str) -> Result<Option<Obstacle>> {
+/// Bytes this machine can give out without trouble (proc_meminfo(5)).
+fn free_memory() -> Result<u64> {
     let text = std::fs::read_to_string("/proc/meminfo").context("read", "/proc/meminfo")?;
-    let free = text
+    let kb = text
         .lines()
         .find_map(|l| l.strip_prefix("MemAvailable:"))
-        .and_then(|v| v.trim().strip_suffix(" kB")?.parse::<u64>().ok())
-        .map_or(u64::MAX, |kb| kb.saturating_mul(1024));
+        .and_then(|v| v.trim().strip_suffix(" kB")?.parse::<u64>().ok());
+    Ok(kb.map_or(u64::MAX, |kb| kb.saturating_mul(1024)))
+}
+
+/// Whether the program's memory would fit now.
+fn short_of_memory(preview: &Preview, host: &str) -> Result<Option<Obstacle>> {
+    let free = free_memory()?;
     Ok((preview.bytes.saturating_add(SPARE) > free).then(|| {
         Obstacle::new(
             "memory",
@@ -221,6 +226,11 @@ impl Building {
         let preview = hello.preview.clone();
         raise_descriptor_limit();
         let hold = Hold::husk(hello.id)?;
+        // Where the controller is there, a husk that outgrows the machine dies
+        // alone. Lifted when it becomes the program.
+        if let Err(e) = hold.set_memory_max(Some(free_memory()?)) {
+            tracing::warn!("the husk's memory has no limit: {e}");
+        }
         let r = (|| {
             let pid = preview.needs.pid;
             let mut husk =
@@ -281,6 +291,8 @@ impl Building {
         wire.send(&ToSource::Built)?;
         keep_in();
         let mut buf = vec![0; MAX_RAW];
+        // The bulk of the files comes in the first round.
+        let mut synced = false;
         loop {
             watch_over(PATIENCE);
             match wire.recv()? {
@@ -304,6 +316,9 @@ impl Building {
                 ToTarget::PassEnd { file, size } => self.files.end_pass(file, size)?,
                 ToTarget::RoundEnd => {
                     fault::point(Phase::Copy, Role::Target, || wire.link().cut());
+                    if !std::mem::replace(&mut synced, true) {
+                        self.files.sync();
+                    }
                     wire.send(&ToSource::RoundDone)?;
                 }
                 ToTarget::Final(last) => {
