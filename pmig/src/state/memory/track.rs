@@ -171,6 +171,10 @@ impl Tracker {
         };
         // Reading what nobody lives in any more gives nothing, not an error.
         match self.mem.read_at(&mut [0], at) {
+            // One that has ended has no executable any more.
+            Ok(0) if std::fs::read_link(format!("/proc/{}/exe", self.pid)).is_err() => {
+                Err(Error::Gone(self.pid))
+            }
             Ok(0) => Err(Error::Refused(vec![Obstacle::new(
                 "memory",
                 "the program has executed another one while it was being copied",
