@@ -139,6 +139,7 @@ impl Hammer {
         let section = section_at(leaf.offset);
         let mut raw = self.fresh()?;
         let old = get(&raw::bytes_of(&raw.pcb), leaf.offset, leaf.size);
+        let mut touched = false;
         for value in edges(old) {
             let victim = self.victim.as_ref().ok_or("no child")?;
             // A header's field goes with a section that it could break.
@@ -146,16 +147,22 @@ impl Hammer {
             let mut bent = Bent::restore(victim.fd(), &raw, section);
             put(&mut bent.pcb, leaf.offset, leaf.size, value);
             let what = format!("{} = {value:#x}", leaf.name);
-            if self.run(&mut bent, abi::IOC_RESTORE, &what)? {
-                let alive = self.victim.as_ref().is_some_and(let_run);
-                if !alive {
-                    self.victim = None;
-                }
-                raw = self.fresh()?;
+            if !self.run(&mut bent, abi::IOC_RESTORE, &what)? {
+                continue;
             }
+            touched = true;
+            // What the kernel itself acts on is let run each time.
+            let acted_on = abi::SEC_RSEQ | abi::SEC_RESTART | abi::SEC_ALTSTACK | abi::SEC_TIDS;
+            if section & acted_on == 0 && self.accepted % 3 != 0 {
+                continue;
+            }
+            if !self.victim.as_ref().is_some_and(let_run) {
+                self.victim = None;
+            }
+            raw = self.fresh()?;
         }
         // Nothing bent is carried over into the next field.
-        if let Some(victim) = &self.victim {
+        if let Some(victim) = self.victim.as_ref().filter(|_| touched) {
             let sections = self.kmod.restore_sections() & !abi::SEC_EXE;
             if self
                 .kmod

@@ -13,8 +13,10 @@ pub fn fork(body: impl FnOnce() -> i32) -> io::Result<i32> {
         0 => {
             // SAFETY: an orphan would outlive the test; numbers only.
             unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
-            // What bent programs say when they break is of no interest.
+            // What bent programs say when they break is of no interest, and none
+            // shall keep this one's output open.
             if let Ok(null) = std::fs::OpenOptions::new().write(true).open("/dev/null") {
+                let _ = nix::unistd::dup2_stdout(&null);
                 let _ = nix::unistd::dup2_stderr(&null);
             }
             let code = body();

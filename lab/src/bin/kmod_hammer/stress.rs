@@ -225,10 +225,8 @@ pub fn run(seconds: u64) -> Outcome {
     for (i, work) in works.into_iter().enumerate() {
         let random = Random(seed.wrapping_mul(i as u64 + 1));
         let pid = raw::fork(|| {
-            if let Err(e) = work(shared, random) {
-                println!("worker {i}: {e}");
-            }
-            1
+            let _ = work(shared, random);
+            i as i32
         });
         workers.push(pid.map_err(|e| format!("fork: {e}"))?);
     }
