@@ -23,7 +23,8 @@ pub struct Lab {
     make: Make,
     a: Box<dyn Host>,
     b: Box<dyn Host>,
-    directory: Option<PathBuf>,
+    // Removed at the end.
+    passing: Vec<PathBuf>,
 }
 
 /// What the host of that index knows of itself.
@@ -93,7 +94,7 @@ impl Lab {
             make: Make::Netns,
             a: Box::new(a),
             b: Box::new(b),
-            directory: Some(directory),
+            passing: vec![directory],
         })
     }
 
@@ -132,7 +133,7 @@ impl Lab {
             make: Make::Vm,
             a: Box::new(a),
             b: Box::new(b),
-            directory: Some(directory),
+            passing: vec![directory, disks(&tag)?],
         })
     }
 
@@ -168,7 +169,7 @@ impl Lab {
             make: a.make(),
             a,
             b,
-            directory: None,
+            passing: Vec::new(),
         }
     }
 
@@ -202,7 +203,7 @@ impl Lab {
 
 impl Drop for Lab {
     fn drop(&mut self) {
-        if let Some(directory) = &self.directory {
+        for directory in &self.passing {
             let _ = fs::remove_dir_all(directory);
         }
     }
