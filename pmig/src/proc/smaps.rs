@@ -35,9 +35,18 @@ impl Mapping {
     pub fn has(&self, flag: &[u8; 2]) -> bool {
         self.flags.contains(flag)
     }
+
+    /// Whether both have the same line in /proc/PID/maps.
+    pub fn same_line(&self, other: &Mapping) -> bool {
+        let line = |m: &Mapping| {
+            let prot = (m.read, m.write, m.exec, m.shared);
+            (m.start, m.end, prot, m.offset, m.dev, m.inode)
+        };
+        line(self) == line(other) && self.name == other.name
+    }
 }
 
-/// Parses the whole file.
+/// Parses the whole file, or /proc/PID/maps, which tells less.
 pub fn parse(text: &[u8]) -> Result<Vec<Mapping>> {
     let mut all: Vec<Mapping> = Vec::new();
     for line in text.split(|b| *b == b'\n').filter(|l| !l.is_empty()) {

@@ -4,6 +4,7 @@
 //! (userfaultfd(2) in its asynchronous mode, PAGEMAP_SCAN). Absence is state
 //! as well: a page that was sent and is gone now is told as a drop.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
@@ -15,13 +16,19 @@ use nix::unistd::Pid;
 use super::layout::{steps, Backing, Layout, Step, Vma, PAGE};
 use super::ranges::Ranges;
 use crate::error::{Context, Error, Obstacle, Result};
+use crate::proc;
+use crate::proc::smaps::{self, Mapping};
 use crate::sys::pagemap::{category, scan, Query};
 use crate::sys::{pidfd, uffd};
 use crate::tracee::{Batch, Stopped};
 
-/// Mappings up to this size are write-protected whole; of larger and sparser
-/// ones only what is there, lest the page tables of their holes be built.
+/// Mappings up to this size, and those that are full for the most part, are
+/// write-protected whole, which is quicker to look at; of larger and sparser ones
+/// only what is there, lest the page tables of their holes be built.
 const DENSE: u64 = 64 << 20;
+
+/// Bytes whose page tables are walked within a millisecond or so.
+const QUICKLY_WALKED: u64 = 8 << 20;
 
 /// What a look at the memory found.
 #[derive(Debug, Default)]
@@ -53,6 +60,12 @@ pub struct Tracker {
     sent: Ranges,
     /// What could not be read when its turn came.
     owed: Ranges,
+    /// The lines of the last list.
+    seen: Vec<Mapping>,
+    /// The mappings of the last list that are write-protected, by address.
+    watched: BTreeSet<u64>,
+    /// Whether the last look took the flags of mappings on trust.
+    trusting: bool,
 }
 
 impl Tracker {
@@ -71,6 +84,9 @@ impl Tracker {
             layout: Layout::default(),
             sent: Ranges::default(),
             owed: Ranges::default(),
+            seen: Vec::new(),
+            watched: BTreeSet::new(),
+            trusting: false,
         })
     }
 
@@ -109,12 +125,14 @@ impl Tracker {
         if !self.tracks() {
             return Ok(found);
         }
+        self.watched.clear();
         let vmas = self.layout.vmas.clone();
         for vma in vmas.iter().filter(|v| v.is_private()) {
             // A mapping that vanished meanwhile is fresh at the next look.
             if vma.fresh && !self.register(vma) {
                 continue;
             }
+            self.watched.insert(vma.start);
             self.scan(vma, &renewed, true, &mut found)?;
         }
         self.settle_owed(&mut found);
@@ -128,8 +146,18 @@ impl Tracker {
     }
 
     /// Looks at the program standing still: what is left.
+    ///
+    /// To list an address space with its flags the kernel walks through all of
+    /// its pages. Where everything still stands as it did at the last look, that
+    /// is put off until [`Tracker::confirm`].
     pub fn last_look(&mut self) -> Result<Found> {
-        let (mut found, renewed) = self.list()?;
+        let (mut found, renewed) = if self.is_unchanged()? {
+            self.trusting = true;
+            self.layout.vmas.iter_mut().for_each(|v| v.fresh = false);
+            Default::default()
+        } else {
+            self.list()?
+        };
         let vmas = self.layout.vmas.clone();
         for vma in vmas.iter().filter(|v| v.is_private()) {
             self.scan(vma, &renewed, false, &mut found)?;
@@ -138,11 +166,66 @@ impl Tracker {
         Ok(found)
     }
 
+    /// Whether no mapping has come, gone or changed since the last look, as far
+    /// as can be seen without a walk through all pages.
+    fn is_unchanged(&self) -> Result<bool> {
+        self.same_space()?;
+        let now = smaps::parse(&proc::mappings(self.pid, "maps")?)?;
+        let same =
+            now.len() == self.seen.len() && now.iter().zip(&self.seen).all(|(a, b)| a.same_line(b));
+        if !same {
+            return Ok(false);
+        }
+        for vma in self.layout.vmas.iter().filter(|v| v.is_private()) {
+            // One that was unmapped and mapped again at the same place is
+            // watched no longer.
+            if !self.watched.contains(&vma.start) || !self.is_watched(vma)? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    fn is_watched(&self, vma: &Vma) -> Result<bool> {
+        let query = Query {
+            all: category::WPALLOWED,
+            tell: category::WPALLOWED,
+            ..Query::default()
+        };
+        let mut watched = false;
+        self.pagemap_scan(vma.start..vma.start + PAGE, query, |_| watched = true)?;
+        Ok(watched)
+    }
+
+    /// Makes sure that the last look was right, while the program still stands.
+    /// Only where that is quick: in a large program the walk would take many
+    /// times as long as all the rest of the freeze, for the sake of advice
+    /// (madvise(2)) given to a whole mapping in the last milliseconds.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] where a setting of its memory changed in between.
+    pub fn confirm(&self) -> Result<()> {
+        let resident: u64 = self.seen.iter().map(|m| m.resident).sum();
+        if !self.trusting || resident > QUICKLY_WALKED {
+            return Ok(());
+        }
+        let now = Layout::capture(self.pid, &self.layout.files)?;
+        if self.layout.is_still(&now) {
+            return Ok(());
+        }
+        Err(Error::Refused(vec![Obstacle::new(
+            "memory",
+            "its settings changed in the moment of the move",
+            "try again",
+        )]))
+    }
+
     /// Lists the address space again; also returns where nothing that was sent
     /// counts any more.
     fn list(&mut self) -> Result<(Found, Ranges)> {
         self.same_space()?;
-        let layout = Layout::capture(self.pid, &self.layout.files)?;
+        self.seen = smaps::parse(&proc::mappings(self.pid, "smaps")?)?;
+        let layout = Layout::from_mappings(&self.seen, &self.layout.files)?;
         let steps = steps(&self.layout.vmas, &layout.vmas);
         let mut renewed = Ranges::default();
         for step in &steps {
@@ -210,7 +293,7 @@ impl Tracker {
             }
         }
         for part in without(vma.range(), &anew) {
-            if part.end - part.start <= DENSE {
+            if self.is_dense(vma) {
                 let mut written = Vec::new();
                 let query = Query {
                     all: WRITTEN,
@@ -240,6 +323,13 @@ impl Tracker {
             }
         }
         Ok(())
+    }
+
+    fn is_dense(&self, vma: &Vma) -> bool {
+        let len = vma.end - vma.start;
+        let n = self.seen.partition_point(|m| m.start < vma.start);
+        let resident = self.seen.get(n).map_or(0, |m| m.resident);
+        len <= DENSE || resident >= len / 2
     }
 
     fn pagemap_scan(
