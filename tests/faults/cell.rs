@@ -13,9 +13,14 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
 /// How long anything may take before something is wrong.
-pub const LIMIT: Duration = Duration::from_secs(90);
-/// What is computed: some seconds, a line every ten milliseconds.
-const LINES: &str = "lines=250";
+pub const LIMIT: Duration = Duration::from_secs(120);
+/// What is computed: longer than a move takes where everything takes longer.
+fn work(make: Make) -> [&'static str; 3] {
+    match make {
+        Make::Netns => ["iterative", "lines=250", "pace_us=10000"],
+        Make::Vm => ["iterative", "lines=1000", "pace_us=20000"],
+    }
+}
 /// One migration on two hosts that it may share.
 pub struct Cell<'a> {
     pub a: &'a dyn Host,
@@ -166,7 +171,8 @@ impl<'a> Cell<'a> {
     /// Starts the program on a and waits until it gets on.
     pub fn start(&self) -> Result<Program> {
         let file = format!("file={}/own", self.directory());
-        let cmd = Cmd::new(["iterative", LINES, &file]).cwd(&self.directory());
+        let words = [&work(self.a.make())[..], &[&file]].concat();
+        let cmd = Cmd::new(words).cwd(&self.directory());
         let pid = self.a.spawn(&cmd, &format!("{}/out", self.directory()))?;
         let program = Program { pid };
         self.a.wait_for("five lines", LIMIT, &mut || {
@@ -333,7 +339,8 @@ fn expected(host: &dyn Host) -> Result<String> {
     if let Some(known) = known.get() {
         return Ok(known.clone());
     }
-    let output = host.exec(&Cmd::new(["iterative", LINES, "pace_us=0"]))?;
+    let [program, lines, _] = work(host.make());
+    let output = host.exec(&Cmd::new([program, lines, "pace_us=0"]))?;
     let output = output.ok()?.out();
     ensure!(output.contains("PASS"), "{output}");
     Ok(known.get_or_init(|| output).clone())
