@@ -27,6 +27,7 @@ const MAP: &[(&str, &[&str])] = &[
     ("husk", &["sys", "proc", "tracee", "state"]),
     ("hold", &["proc", "id"]),
     ("journal", &["hold", "id", "transport"]),
+    ("claim", &["journal"]),
     ("lineage", &["id", "journal"]),
     (
         "protocol",
@@ -45,6 +46,7 @@ const MAP: &[(&str, &[&str])] = &[
     (
         "source",
         &[
+            "claim",
             "fault",
             "hold",
             "id",

@@ -13,6 +13,7 @@ mod undo;
 
 use std::time::{Duration, Instant};
 
+use crate::claim::Claim;
 use crate::error::{Context, Error, Obstacle, Result};
 use crate::fault::{self, Role};
 use crate::hold::{self, Frozen, Hold};
@@ -154,6 +155,7 @@ struct Run<'a> {
     lap: Instant,
     laps: Laps,
     stopped_at: Option<Reading>,
+    _claim: Option<Claim>,
     /// As captured.
     signals: Option<Signals>,
 }
@@ -182,6 +184,11 @@ impl<'a> Run<'a> {
             phase: Phase::Hello,
         });
         let begun = Instant::now();
+        let claim = if ask_only {
+            None
+        } else {
+            Some(Claim::take(pid)?)
+        };
         let obstacles = preflight(pid)?;
         if !obstacles.is_empty() {
             return Err(Error::Refused(obstacles));
@@ -264,6 +271,7 @@ impl<'a> Run<'a> {
             lap: Instant::now(),
             laps: Laps::new(),
             stopped_at: None,
+            _claim: claim,
             signals: None,
         };
         if !ask_only {
