@@ -481,8 +481,6 @@ impl<'a> Run<'a> {
     fn ready(&mut self, b: &mut Building, _held: &Frozen) -> Result<Committing> {
         self.begin(Phase::Ready);
         b.keeper.enter(Phase::Ready)?;
-        // The target is at work meanwhile.
-        b.tracker.confirm()?;
         let there = match answer(&mut self.wire)? {
             ToSource::Ready(there) => there,
             other => return Err(unexpected(&self.wire, &other)),

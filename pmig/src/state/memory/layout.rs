@@ -147,22 +147,6 @@ impl Layout {
         Layout::from_mappings(&smaps::parse(&text)?, known)
     }
 
-    /// Whether `now` is the same, but for a stack that has grown.
-    pub(super) fn is_still(&self, now: &Layout) -> bool {
-        let same = |was: &Vma, is: &Vma| {
-            let start = was.start == is.start || (was.grows_down && is.start < was.start);
-            let Vma { start: at, .. } = *was;
-            let moved = Vma {
-                start: at,
-                fresh: was.fresh,
-                ..is.clone()
-            };
-            start && !is.fresh && moved == *was
-        };
-        self.vmas.len() == now.vmas.len()
-            && self.vmas.iter().zip(&now.vmas).all(|(a, b)| same(a, b))
-    }
-
     pub(super) fn from_mappings(mappings: &[Mapping], known: &[MappedFile]) -> Result<Layout> {
         let mut layout = Layout {
             vmas: Vec::with_capacity(mappings.len()),

@@ -64,8 +64,6 @@ pub struct Tracker {
     seen: Vec<Mapping>,
     /// The mappings of the last list that are write-protected, by address.
     watched: BTreeSet<u64>,
-    /// Whether the last look took the flags of mappings on trust.
-    trusting: bool,
 }
 
 impl Tracker {
@@ -86,7 +84,6 @@ impl Tracker {
             owed: Ranges::default(),
             seen: Vec::new(),
             watched: BTreeSet::new(),
-            trusting: false,
         })
     }
 
@@ -148,11 +145,13 @@ impl Tracker {
     /// Looks at the program standing still: what is left.
     ///
     /// To list an address space with its flags the kernel walks through all of
-    /// its pages. Where everything still stands as it did at the last look, that
-    /// is put off until [`Tracker::confirm`].
+    /// its pages, which in a large program takes many times as long as all the
+    /// rest of the freeze. There, where everything still stands as it did at the
+    /// last look, only advice (madvise(2)) given to a whole mapping since then
+    /// would go unseen.
     pub fn last_look(&mut self) -> Result<Found> {
-        let (mut found, renewed) = if self.is_unchanged()? {
-            self.trusting = true;
+        let resident: u64 = self.seen.iter().map(|m| m.resident).sum();
+        let (mut found, renewed) = if resident > QUICKLY_WALKED && self.is_unchanged()? {
             self.layout.vmas.iter_mut().for_each(|v| v.fresh = false);
             Default::default()
         } else {
@@ -195,29 +194,6 @@ impl Tracker {
         let mut watched = false;
         self.pagemap_scan(vma.start..vma.start + PAGE, query, |_| watched = true)?;
         Ok(watched)
-    }
-
-    /// Makes sure that the last look was right, while the program still stands.
-    /// Only where that is quick: in a large program the walk would take many
-    /// times as long as all the rest of the freeze, for the sake of advice
-    /// (madvise(2)) given to a whole mapping in the last milliseconds.
-    ///
-    /// # Errors
-    /// [`Error::Refused`] where a setting of its memory changed in between.
-    pub fn confirm(&self) -> Result<()> {
-        let resident: u64 = self.seen.iter().map(|m| m.resident).sum();
-        if !self.trusting || resident > QUICKLY_WALKED {
-            return Ok(());
-        }
-        let now = Layout::capture(self.pid, &self.layout.files)?;
-        if self.layout.is_still(&now) {
-            return Ok(());
-        }
-        Err(Error::Refused(vec![Obstacle::new(
-            "memory",
-            "its settings changed in the moment of the move",
-            "try again",
-        )]))
     }
 
     /// Lists the address space again; also returns where nothing that was sent
