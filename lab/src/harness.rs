@@ -35,6 +35,8 @@ pub struct Trial {
     pub make: Make,
     /// Whether `pmig serve` runs on both hosts beforehand.
     pub serves: bool,
+    /// Only run when asked for, as libtest's ignored ones.
+    pub long: bool,
     pub body: Body,
 }
 
@@ -49,6 +51,7 @@ impl Trial {
             name: format!("{make}::{name}"),
             make,
             serves: true,
+            long: false,
             body: Box::new(body),
         }
     }
@@ -57,6 +60,13 @@ impl Trial {
     #[must_use]
     pub fn bare(mut self) -> Self {
         self.serves = false;
+        self
+    }
+
+    /// The same, run only with `--include-ignored` or `--ignored`.
+    #[must_use]
+    pub fn long(mut self) -> Self {
+        self.long = true;
         self
     }
 }
@@ -68,7 +78,10 @@ struct Asked {
     skip: Vec<String>,
     exact: bool,
     list: bool,
+    /// Only the long ones.
     ignored: bool,
+    /// The long ones too.
+    include: bool,
 }
 
 impl Asked {
@@ -80,6 +93,7 @@ impl Asked {
                 "--exact" => asked.exact = true,
                 "--list" => asked.list = true,
                 "--ignored" => asked.ignored = true,
+                "--include-ignored" => asked.include = true,
                 "--skip" => asked.skip.extend(words.next()),
                 "--test-threads" | "--format" | "--color" | "-Z" => drop(words.next()),
                 _ if word.starts_with('-') => {}
@@ -94,9 +108,12 @@ impl Asked {
             true => name == filter,
             false => name.contains(filter.as_str()),
         };
-        !self.ignored
-            && (self.filters.is_empty() || self.filters.iter().any(fits))
-            && !self.skip.iter().any(fits)
+        (self.filters.is_empty() || self.filters.iter().any(fits)) && !self.skip.iter().any(fits)
+    }
+
+    /// Whether one that fits the words is passed over for now.
+    fn passes_over(&self, trial: &Trial) -> bool {
+        trial.long && !self.include && !self.ignored
     }
 }
 
@@ -171,17 +188,24 @@ pub fn main(trials: Vec<Trial>) -> ExitCode {
     let all = trials.len();
     let (netns, vm): (Vec<_>, Vec<_>) = trials
         .into_iter()
-        .filter(|trial| asked.wants(&trial.name))
+        .filter(|trial| asked.wants(&trial.name) && (trial.long || !asked.ignored))
         .partition(|trial| trial.make == Make::Netns);
     let filtered = all - netns.len() - vm.len();
     let start = Instant::now();
     println!("\nrunning {} tests", netns.len() + vm.len());
-    let results = Mutex::new(Results::default());
+    let mut results = Results::default();
+    let (over, vm): (Vec<_>, Vec<_>) = vm.into_iter().partition(|t| asked.passes_over(t));
+    for trial in over {
+        let why = "takes long; --include-ignored runs it".to_owned();
+        println!("test {} ... ignored, {why}", trial.name);
+        results.skipped.push((trial.name, why));
+    }
+    let results = Mutex::new(results);
     on_namespaces(netns, &results);
     on_machines(vm, &results);
     let results = results.into_inner().unwrap_or_else(PoisonError::into_inner);
     if !results.skipped.is_empty() {
-        println!("\nskipped, since this machine cannot:");
+        println!("\nskipped:");
         for (name, why) in &results.skipped {
             println!("    {name}: {why}");
         }
