@@ -39,7 +39,10 @@ fn main() -> ExitCode {
     let mut trials = Vec::new();
     for (name, words) in CLAIMS {
         let body = move |lab: &Lab| watched(lab.a(), || hammer(lab.a(), words));
-        trials.push(Trial::new(Make::Vm, format!("kmod::{name}"), body).bare());
+        let trial = Trial::new(Make::Vm, format!("kmod::{name}"), body).bare();
+        // Minutes each on an emulated machine.
+        let long = ["mutate", "stress"].contains(&words[0]);
+        trials.push(if long { trial.long() } else { trial });
     }
     let name = "kmod::the_module_goes_and_comes_again";
     trials.push(Trial::new(Make::Vm, name, |lab| reload(lab.a())).bare());
