@@ -5,6 +5,8 @@ use warnings;
 use Time::HiRes qw(sleep);
 
 my ($lines, $pace) = @ARGV;
+# Made by whoever does not want to wait for the end.
+my $hurry = "/srv/work/hurry.$$";
 $| = 1;
 
 sub counter {
@@ -23,6 +25,6 @@ for my $number (0 .. $lines - 1) {
     }
     ($text = join '', map { $seen{$_} } sort { $a <=> $b } keys %seen) =~ s/([aeiou])\1/<$1>/g;
     print "$number $total ", length($text), "\n";
-    sleep($pace) if $pace > 0;
+    sleep($pace) if $pace > 0 && !-e $hurry;
 }
 print "PASS checksum ", unpack('%32C*', $text), "\n";

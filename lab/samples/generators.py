@@ -1,9 +1,12 @@
 #!/usr/bin/python3
 """Computes through nested generators, half finished at every moment."""
 
+import os
 import sys
 import time
 
+# Made by whoever does not want to wait for the end.
+hurry = f"/srv/work/hurry.{os.getpid()}"
 lines, pace = int(sys.argv[1]), float(sys.argv[2])
 
 
@@ -52,5 +55,6 @@ for number in range(lines):
         seen[value % 5003] = seen.get(value % 5003, 0) + 1
         total = (total * 31 + value) % 2**61
     print(number, total, len(seen), 2.0 ** 0.5 * total, flush=True)
-    time.sleep(pace)
+    if pace and not os.path.exists(hurry):
+        time.sleep(pace)
 print("PASS checksum", sum(k * v for k, v in sorted(seen.items())))

@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#include <unistd.h>
 
 static __thread uint64_t local = 88172645463325252ull;
 static char *kept[256];
@@ -37,6 +38,10 @@ int main(int argc, char **argv)
 	long pace_us = argc > 2 ? atol(argv[2]) : 10000;
 	uint64_t sum = 0, many[500];
 	double folded = 1;
+	/* Made by whoever does not want to wait for the end. */
+	char hurry[64];
+
+	snprintf(hurry, sizeof hurry, "/srv/work/hurry.%d", getpid());
 
 	for (long line = 0; line < lines; line++) {
 		struct timespec pause = { pace_us / 1000000, pace_us % 1000000 * 1000 };
@@ -55,7 +60,7 @@ int main(int argc, char **argv)
 		/* Every other line waits in the buffer. */
 		if (line % 2)
 			fflush(stdout);
-		if (pace_us && nanosleep(&pause, NULL)) {
+		if (pace_us && access(hurry, F_OK) && nanosleep(&pause, NULL)) {
 			printf("FAIL nanosleep was interrupted\n");
 			return 1;
 		}

@@ -24,7 +24,7 @@ type Out = Arc<Mutex<Box<dyn Write + Send>>>;
 type Spawned = Arc<Mutex<HashMap<u32, Option<Status>>>>;
 
 /// What ends the host: called when a held connection ends, or by request.
-pub type End = fn(restart: bool);
+pub type End = fn();
 
 /// The agent of one host; clones share what was spawned.
 #[derive(Clone)]
@@ -80,7 +80,7 @@ impl Agent {
             let _ = killpg(group, Signal::SIGTERM);
         }
         if talk.hold {
-            (self.end)(false);
+            (self.end)();
         }
         true
     }
@@ -176,11 +176,7 @@ impl Agent {
                 boottime: clock(ClockId::CLOCK_BOOTTIME)?,
             }),
             Request::Halt => {
-                (self.end)(false);
-                Reply::Done
-            }
-            Request::Restart => {
-                (self.end)(true);
+                (self.end)();
                 Reply::Done
             }
         }))

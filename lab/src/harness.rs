@@ -10,8 +10,9 @@ use std::collections::VecDeque;
 use std::fmt;
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::process::ExitCode;
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Why something cannot be tried on this machine.
 #[derive(Debug)]
@@ -61,6 +62,11 @@ impl Trial {
     pub fn bare(mut self) -> Self {
         self.serves = false;
         self
+    }
+
+    /// How long it may take before its hosts are ended.
+    fn limit(&self) -> Duration {
+        Duration::from_secs(if self.long { 1500 } else { 400 })
     }
 
     /// The same, run only with `--include-ignored` or `--ignored`.
@@ -140,7 +146,8 @@ impl Results {
                 self.passed += 1;
             }
             Verdict::Failed(why) => {
-                println!("test {name} ... FAILED <{took:.1}s>");
+                // Said at once too: a run may be cut off before its end.
+                println!("test {name} ... FAILED <{took:.1}s>\n{why}");
                 self.failed.push((name.into(), why));
             }
             Verdict::Skipped(why) => {
@@ -167,13 +174,39 @@ fn judge(result: std::thread::Result<Result<()>>) -> Verdict {
 }
 
 fn run_on(lab: &Lab, trial: &Trial) -> Verdict {
-    judge(catch_unwind(AssertUnwindSafe(|| {
-        if trial.serves {
-            serve(lab.a(), &[]).context("start pmig serve on a")?;
-            serve(lab.b(), &[]).context("start pmig serve on b")?;
+    let (over, end) = mpsc::channel::<()>();
+    let verdict = std::thread::scope(|scope| {
+        let watch = scope.spawn(move || {
+            let late = end.recv_timeout(trial.limit()) == Err(RecvTimeoutError::Timeout);
+            if late {
+                // Ends every conversation with them, and so the trial.
+                let _ = lab.a().crash();
+                let _ = lab.b().crash();
+            }
+            late
+        });
+        let verdict = judge(catch_unwind(AssertUnwindSafe(|| {
+            if trial.serves {
+                serve(lab.a(), &[]).context("start pmig serve on a")?;
+                serve(lab.b(), &[]).context("start pmig serve on b")?;
+            }
+            (trial.body)(lab)
+        })));
+        drop(over);
+        (verdict, watch.join().unwrap_or(false))
+    });
+    match verdict {
+        (Verdict::Failed(why), true) => {
+            let limit = trial.limit();
+            Verdict::Failed(format!("it did not end in {limit:?}; then: {why}"))
         }
-        (trial.body)(lab)
-    })))
+        (Verdict::Failed(why), false) => {
+            let troubles = [lab.a(), lab.b()].map(|host| host.trouble());
+            let troubles = troubles.into_iter().flatten().collect::<String>();
+            Verdict::Failed(why + &troubles)
+        }
+        (verdict, _) => verdict,
+    }
 }
 
 /// Runs what was asked for, and says how it went.

@@ -87,6 +87,11 @@ pub trait Host: Send + Sync {
     /// A make that cannot do so, or a host that does not come up.
     fn restart(&self) -> Result<()>;
 
+    /// What it said before it ended, if it has ended by itself.
+    fn trouble(&self) -> Option<String> {
+        None
+    }
+
     /// Where pmig listens on it, as the other hosts reach it.
     fn address(&self) -> String {
         format!("tcp://{}", self.name())

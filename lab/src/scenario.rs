@@ -3,6 +3,7 @@
 use crate::agent::WORK;
 use crate::host::{Host, Make, Output};
 use crate::pair::Lab;
+use crate::victim::hurry;
 use crate::wire::{Cmd, Status};
 use anyhow::{bail, ensure, Context, Result};
 use serde_json::Value;
@@ -84,6 +85,7 @@ impl Program {
     /// # Errors
     /// It does not end, or ends in another way than it should.
     pub fn finish(&self, host: &dyn Host) -> Result<String> {
+        host.write(&hurry(self.pid), 0o644, b"")?;
         let what = format!("the end of {}", self.argv.join(" "));
         let waited = host.wait_for(&what, LIMIT, &mut || {
             let process = host.process(self.pid)?;
@@ -134,8 +136,8 @@ fn paced(host: &dyn Host, line: &str) -> String {
         Make::Netns => line.to_owned(),
         // Its stack is all dirty again before the link has carried it once.
         Make::Vm if line == "recursive lines=150" => format!("{line} pace_us=150000"),
-        Make::Vm if line.contains("lines=") => format!("{line} pace_us=60000"),
-        Make::Vm => line.replace("0.01", "0.06").replace("10000", "60000"),
+        Make::Vm if line.contains("lines=") => format!("{line} pace_us=100000"),
+        Make::Vm => line.replace("0.01", "0.1").replace("10000", "100000"),
     }
 }
 

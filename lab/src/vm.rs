@@ -70,6 +70,9 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 fn base(accel: Accel) -> Command {
     let mut command = Command::new(QEMU);
     command.args(["-nodefaults", "-no-user-config", "-display", "none"]);
+    // A kernel that panics ends its machine: one that came up again unasked
+    // would leave every conversation with it waiting for ever.
+    command.arg("-no-reboot");
     command.args(match accel {
         Accel::Kvm => ["-machine", "q35", "-accel", "kvm", "-cpu", "host"],
         Accel::Tcg => [
@@ -84,7 +87,7 @@ fn base(accel: Accel) -> Command {
     command
 }
 
-const ARGUMENTS: &str = "console=ttyS0 quiet panic=-1 mitigations=off nowatchdog \
+const ARGUMENTS: &str = "console=ttyS0 quiet panic=-1 oops=panic mitigations=off nowatchdog \
     random.trust_cpu=on rdinit=/init net.ifnames=0";
 
 impl Machine {
@@ -185,7 +188,7 @@ impl Machine {
             let text = fs::read(path).unwrap_or_default();
             let text = String::from_utf8_lossy(&text).into_owned();
             let lines = text.lines().collect::<Vec<_>>();
-            lines[lines.len().saturating_sub(20)..].join("\n")
+            lines[lines.len().saturating_sub(80)..].join("\n")
         };
         format!(
             "{}\n{}",
@@ -220,7 +223,7 @@ fn kvm_boots(image: &Image, initial: &Path) -> Result<bool> {
     }
     let mut command = base(Accel::Kvm);
     command
-        .args(["-m", "512", "-serial", "stdio", "-no-reboot", "-kernel"])
+        .args(["-m", "512", "-serial", "stdio", "-kernel"])
         .arg(image.kernel())
         .arg("-initrd")
         .arg(initial)
@@ -433,6 +436,11 @@ impl Host for Vm {
             }
             thread::sleep(Duration::from_millis(20));
         }
+    }
+
+    fn trouble(&self) -> Option<String> {
+        let said = || format!("\n{} has ended: {}", self.name(), self.machine.trouble());
+        (!self.owner().alive()).then(said)
     }
 
     fn crash(&self) -> Result<()> {

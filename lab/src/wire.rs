@@ -129,8 +129,6 @@ pub enum Request {
     Clocks,
     /// End the host, at once and without syncing.
     Halt,
-    /// Restart the host's machine, at once and without syncing.
-    Restart,
 }
 
 /// One process of a host.

@@ -258,7 +258,10 @@ fn interrupt(lab: &Lab) -> Result<()> {
         // It was quicker than the interrupt.
         return runs_on(lab.b(), &program, &expected);
     }
-    ensure!(lab.b().process(program.pid)?.is_none());
+    // The source does not wait for the target's tidying up.
+    wait("the end of what was built on b", LIMIT, || {
+        Ok(lab.b().process(program.pid)?.is_none())
+    })?;
     runs_on(lab.a(), &program, &expected)
 }
 

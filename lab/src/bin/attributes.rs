@@ -1,14 +1,13 @@
 //! Sets what a process can set about itself to something unusual, writes all of
 //! it down, and compares again and again.
 
-use lab::victim::{raw, run, Args, Mix};
+use lab::victim::{raw, run, Args, Mix, Pace};
 use nix::sys::stat::{umask, Mode};
 use nix::unistd::{setgroups, setresgid, setresuid, Gid, Uid};
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::Write;
 use std::process::ExitCode;
-use std::time::Duration;
 
 type Facts = BTreeMap<String, String>;
 
@@ -129,7 +128,7 @@ fn facts() -> Result<Facts, String> {
 fn main() -> ExitCode {
     run(|| {
         let args = Args::new(&["lines", "pace_us", "as"])?;
-        let pace = Duration::from_micros(args.number("pace_us", 10_000)?);
+        let pace = Pace::new(&args, 10_000)?;
         arrange(args.text("as") == Some("user"))?;
         let before = facts()?;
         let mut mix = Mix(1);
@@ -146,7 +145,7 @@ fn main() -> ExitCode {
             }
             let line = format!("{number} {:016x}\n", mix.add(number));
             out.write_all(line.as_bytes()).map_err(text)?;
-            raw::nanosleep(pace).map_err(|e| format!("nanosleep: {e}"))?;
+            pace.pass()?;
         }
         Ok(mix.0)
     })

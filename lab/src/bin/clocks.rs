@@ -1,7 +1,7 @@
 //! Watches its clocks: none may step back or leap, and the vdso and the system
 //! call must agree.
 
-use lab::victim::{raw, run, Args, Mix};
+use lab::victim::{raw, run, Args, Mix, Pace};
 use std::io::Write;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -16,18 +16,19 @@ const CLOCKS: [(i32, &str); 4] = [
 fn main() -> ExitCode {
     run(|| {
         let args = Args::new(&["lines", "pace_us", "leap_ms"])?;
-        let pace = Duration::from_micros(args.number("pace_us", 10_000)?);
+        let pace = Pace::new(&args, 10_000)?;
         let leap = Duration::from_millis(args.number("leap_ms", 1500)?);
         let mut last = CLOCKS.map(|(id, _)| raw::clock(id));
         let mut mix = Mix(1);
         let mut out = std::io::stdout();
         for number in 0..args.number("lines", 400)? {
+            let pause = pace.pause() / 20;
             // Many looks a line, so that a step between two of them is seen.
             for _ in 0..20 {
                 for (last, (id, name)) in last.iter_mut().zip(CLOCKS) {
                     look(id, name, last, leap)?;
                 }
-                raw::nanosleep(pace / 20).map_err(|e| format!("nanosleep: {e}"))?;
+                raw::nanosleep(pause).map_err(|e| format!("nanosleep: {e}"))?;
             }
             let line = format!("{number} {:016x}\n", mix.add(number));
             out.write_all(line.as_bytes()).map_err(|e| e.to_string())?;

@@ -1,14 +1,13 @@
 //! Holds descriptors of every kind that stays within one process, uses them,
 //! and checks flags, offsets, contents and who shares with whom.
 
-use lab::victim::{run, Args, Mix};
+use lab::victim::{run, Args, Mix, Pace};
 use nix::fcntl::{fcntl, open, FcntlArg, FdFlag, OFlag};
 use nix::sys::stat::{fstat, Mode};
 use nix::unistd::{dup, dup2_raw, lseek, pipe2, read, write, Whence};
 use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::process::ExitCode;
-use std::time::Duration;
 
 const HIGH: i32 = 200;
 
@@ -168,7 +167,7 @@ fn high_copy(fd: &OwnedFd) -> Result<OwnedFd, String> {
 fn main() -> ExitCode {
     run(|| {
         let args = Args::new(&["lines", "pace_us", "prefix"])?;
-        let pace = Duration::from_micros(args.number("pace_us", 10_000)?);
+        let pace = Pace::new(&args, 10_000)?;
         let prefix = args.text("prefix").unwrap_or("/srv/work/files");
         let descriptors = Descriptors::new(prefix)?;
         let before = descriptors.flags()?;
@@ -183,7 +182,7 @@ fn main() -> ExitCode {
             expect("flags", descriptors.flags()?, before.clone())?;
             let line = format!("{round} {:016x}\n", mix.add(round));
             out.write_all(line.as_bytes()).map_err(text)?;
-            lab::victim::raw::nanosleep(pace).map_err(|e| format!("nanosleep: {e}"))?;
+            pace.pass()?;
         }
         let mut drained = [0; 4096];
         let mut count = 0;

@@ -2,13 +2,12 @@
 //! every byte and every flag of it.
 
 use lab::victim::area::{grow_break, Area};
-use lab::victim::{raw, run, Args, Mix};
+use lab::victim::{run, Args, Mix, Pace};
 use std::collections::BTreeMap;
 use std::hint::black_box;
 use std::io::Write;
 use std::os::fd::AsRawFd;
 use std::process::ExitCode;
-use std::time::Duration;
 
 const PAGES: usize = 96;
 const READ_WRITE: i32 = libc::PROT_READ | libc::PROT_WRITE;
@@ -237,14 +236,14 @@ fn deepen(value: u64, levels: u64) -> u64 {
 fn main() -> ExitCode {
     run(|| {
         let args = Args::new(&["lines", "pace_us"])?;
-        let pace = Duration::from_micros(args.number("pace_us", 10_000)?);
+        let pace = Pace::new(&args, 10_000)?;
         let mut program = Program::new()?;
         let mut out = std::io::stdout();
         for round in 0..args.number("lines", 400)? {
             program.round(round)?;
             let line = format!("{round} {:016x}\n", program.mix.0);
             out.write_all(line.as_bytes()).map_err(|e| e.to_string())?;
-            raw::nanosleep(pace).map_err(|e| format!("nanosleep: {e}"))?;
+            pace.pass()?;
         }
         program.check()?;
         Ok(program.mix.0)

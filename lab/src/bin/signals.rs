@@ -1,7 +1,7 @@
 //! Arranges handlers, mask, alternative stack and queued signals, waits, and
 //! checks that all of them are still what they were.
 
-use lab::victim::{raw, run, Args, Mix};
+use lab::victim::{raw, run, Args, Mix, Pace};
 use std::io::Write;
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -67,7 +67,7 @@ fn arrange() -> std::io::Result<()> {
 fn main() -> ExitCode {
     run(|| {
         let args = Args::new(&["lines", "pace_us"])?;
-        let pace = Duration::from_micros(args.number("pace_us", 10_000)?);
+        let pace = Pace::new(&args, 10_000)?;
         let lines = args.number("lines", 400)?;
         arrange().map_err(|e| format!("arrange: {e}"))?;
         let before = snapshot().map_err(|e| format!("look: {e}"))?;
@@ -75,7 +75,7 @@ fn main() -> ExitCode {
         let mut out = std::io::stdout();
         for number in 0..lines {
             raw::kill_self(libc::SIGUSR1).map_err(|e| e.to_string())?;
-            raw::nanosleep(pace).map_err(|e| format!("nanosleep: {e}"))?;
+            pace.pass()?;
             let now = snapshot().map_err(|e| format!("look: {e}"))?;
             if now != before {
                 return Err(differences(&before, &now));

@@ -47,7 +47,7 @@ pub fn init() -> Result<()> {
     let words = fs::read_to_string("/proc/cmdline").context("read /proc/cmdline")?;
     if words.split_whitespace().any(|word| word == PROBE) {
         println!("{READY}");
-        end(false);
+        end();
     }
     mount_new("sysfs", "/sys", "")?;
     mount_new("devtmpfs", "/dev", "mode=755")?;
@@ -61,17 +61,12 @@ pub fn init() -> Result<()> {
     number_from(identity.last_pid)?;
     console()?;
     println!("{READY}");
-    reap(&mut agent_command("machine-agent"), || end(false))
+    reap(&mut agent_command("machine-agent"), || end())
 }
 
 /// Ends the machine at once, without syncing.
-pub fn end(restart: bool) {
-    let mode = if restart {
-        RebootMode::RB_AUTOBOOT
-    } else {
-        RebootMode::RB_POWER_OFF
-    };
-    let _ = reboot(mode);
+pub fn end() {
+    let _ = reboot(RebootMode::RB_POWER_OFF);
 }
 
 fn load_modules() -> Result<()> {

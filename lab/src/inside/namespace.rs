@@ -157,7 +157,7 @@ pub fn agent() -> Result<()> {
         .try_clone_to_owned()
         .context("take the socket")?;
     let listener = UnixListener::from(listener);
-    let agent = Agent::new(|_| exit(0));
+    let agent = Agent::new(|| exit(0));
     for stream in listener.incoming() {
         let stream = stream.context("accept")?;
         let agent = agent.clone();

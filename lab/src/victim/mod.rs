@@ -10,6 +10,7 @@ pub mod vectors;
 
 use std::fs::File;
 use std::io::{self, Write};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::thread;
 use std::time::Duration;
@@ -79,6 +80,54 @@ pub fn run(body: impl FnOnce() -> Result<u64, String>) -> ExitCode {
     ExitCode::from(code)
 }
 
+/// The time that a program lets pass with every line, so that somebody can move
+/// it meanwhile.
+#[derive(Debug)]
+pub struct Pace {
+    pause: Duration,
+    hurry: PathBuf,
+}
+
+impl Pace {
+    /// As the argument `pace_us` says, in microseconds.
+    ///
+    /// # Errors
+    /// It is no number.
+    pub fn new(args: &Args, otherwise_us: u64) -> Result<Self, String> {
+        Ok(Self {
+            pause: Duration::from_micros(args.number("pace_us", otherwise_us)?),
+            hurry: hurry(std::process::id()).into(),
+        })
+    }
+
+    /// How long a line is to take: no time once somebody has made the file
+    /// [`hurry`].
+    pub fn pause(&self) -> Duration {
+        if self.pause.is_zero() || self.hurry.exists() {
+            Duration::ZERO
+        } else {
+            self.pause
+        }
+    }
+
+    /// Sleeps for as long.
+    ///
+    /// # Errors
+    /// The sleep is interrupted.
+    pub fn pass(&self) -> Result<(), String> {
+        match self.pause() {
+            Duration::ZERO => Ok(()),
+            pause => raw::nanosleep(pause).map(drop),
+        }
+        .map_err(|e| format!("nanosleep: {e}"))
+    }
+}
+
+/// The file that lets the program of that PID go on without its pauses.
+pub fn hurry(pid: u32) -> String {
+    format!("{}/hurry.{pid}", crate::agent::WORK)
+}
+
 /// Computation whose state lives in the heap, in vector registers, in a pipe
 /// and in a file's offset, and goes through all of them with every line.
 pub struct Work {
@@ -89,7 +138,7 @@ pub struct Work {
     file: Option<File>,
     late: Option<String>,
     opened: Vec<File>,
-    pace: Duration,
+    pace: Pace,
     spins: u64,
     lines: u64,
 }
@@ -108,7 +157,7 @@ impl Work {
         let mut mix = Mix(args.number("seed", 1)?);
         let heap = args.number("heap_kb", 1024)?.clamp(1, 1 << 22) * 1024 / 8;
         let heap = (0..heap).map(|index| mix.add(index)).collect();
-        let pace = Duration::from_micros(args.number("pace_us", pace_us)?);
+        let pace = Pace::new(args, pace_us)?;
         let file = match args.text("file") {
             None => None,
             Some(path) => Some(File::create(path).map_err(|e| format!("create {path}: {e}"))?),
@@ -116,12 +165,12 @@ impl Work {
         Ok(Self {
             vectors: vectors::Vectors::new(&mut mix),
             pipe: pipe::OwnPipe::new(20_000)?,
-            spins: vectors::spins_in(pace / 2),
             mix,
             heap,
             file,
             late: args.text("late").map(str::to_owned),
             opened: Vec::new(),
+            spins: vectors::spins_in(pace.pause / 2),
             pace,
             lines: 0,
         })
@@ -150,10 +199,12 @@ impl Work {
                 .map_err(|e| format!("write the file: {e}"))?;
         }
         self.open_late(&text)?;
-        self.vectors.write_line(1, text.as_bytes(), self.spins)?;
+        let half = self.pace.pause() / 2;
+        let spins = if half.is_zero() { 0 } else { self.spins };
+        self.vectors.write_line(1, text.as_bytes(), spins)?;
         self.mix.add(self.vectors.sum());
-        if !self.pace.is_zero() {
-            thread::sleep(self.pace / 2);
+        if !half.is_zero() {
+            thread::sleep(half);
         }
         Ok(())
     }
