@@ -3,6 +3,7 @@
 
 use std::fmt::{self, Display};
 use std::io;
+use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
@@ -77,6 +78,16 @@ impl<T, E: Into<io::Error>> Context<T> for std::result::Result<T, E> {
             object: object.to_string(),
             cause: e.into(),
         })
+    }
+}
+
+/// A name in a directory, put together only when it has to be said.
+#[derive(Debug, Clone, Copy)]
+pub struct Within<'a>(pub &'a Path, pub &'a str);
+
+impl Display for Within<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.0.join(self.1).display())
     }
 }
 

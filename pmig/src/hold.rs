@@ -25,7 +25,7 @@ use nix::sys::statfs::{fstatfs, CGROUP2_SUPER_MAGIC};
 use nix::unistd;
 use serde::{Deserialize, Serialize};
 
-use crate::error::{Context, Error, Obstacle, Result};
+use crate::error::{Context, Error, Obstacle, Result, Within};
 use crate::id::Id;
 use crate::proc::cgroup::{of_process, Events, Mount};
 
@@ -63,6 +63,9 @@ pub struct Frozen(Cgroup);
 struct Cgroup {
     /// Locked shared, so that [`sweep_empty`] leaves it alone.
     dir: Flock<OwnedFd>,
+    /// `cgroup.freeze` and `cgroup.events`, open for when there is haste.
+    freezer: OwnedFd,
+    events: OwnedFd,
     place: Place,
 }
 
@@ -132,12 +135,12 @@ impl Hold {
     pub fn freeze(mut self, within: Duration) -> Result<Frozen> {
         let cgroup = self.0.take().expect("only taken on the way out");
         let frozen = cgroup
-            .write("cgroup.freeze", "1")
+            .set_frozen(true)
             .and_then(|()| cgroup.wait("freezing", within, |e| e.frozen && e.populated));
         match frozen {
             Ok(()) => Ok(Frozen(cgroup)),
             Err(e) => {
-                let _ = cgroup.write("cgroup.freeze", "0");
+                let _ = cgroup.set_frozen(false);
                 self.0 = Some(cgroup);
                 Err(e)
             }
@@ -210,7 +213,7 @@ impl Frozen {
 
     /// Lets it run on.
     pub fn thaw(self) -> Result<Hold> {
-        self.0.write("cgroup.freeze", "0")?;
+        self.0.set_frozen(false)?;
         Ok(Hold(Some(self.0)))
     }
 
@@ -259,15 +262,31 @@ impl Cgroup {
         let dir = Flock::lock(dir, FlockArg::LockShared)
             .map_err(|(_, e)| e)
             .context("lock cgroup", place.cgroup.display())?;
-        Ok(Some(Cgroup { dir, place }))
+        let file = |name, flags| match openat(&*dir, name, flags | OFlag::O_CLOEXEC, Mode::empty())
+        {
+            Err(Errno::ENOENT | Errno::ENODEV) => Ok(None),
+            file => file.map(Some).context("open", Within(&place.cgroup, name)),
+        };
+        let (Some(freezer), Some(events)) = (
+            file("cgroup.freeze", OFlag::O_WRONLY)?,
+            file("cgroup.events", OFlag::O_RDONLY)?,
+        ) else {
+            return Ok(None);
+        };
+        Ok(Some(Cgroup {
+            dir,
+            freezer,
+            events,
+            place,
+        }))
     }
 
     fn fd(&self) -> BorrowedFd<'_> {
         self.dir.as_fd()
     }
 
-    fn object(&self, name: &str) -> String {
-        format!("{}/{name}", self.place.cgroup.display())
+    fn object<'a>(&'a self, name: &'a str) -> Within<'a> {
+        Within(&self.place.cgroup, name)
     }
 
     fn has(&self, name: &str) -> Result<bool> {
@@ -290,13 +309,16 @@ impl Cgroup {
             .context("write", self.object(name))
     }
 
-    fn events(&self) -> Result<Events> {
-        self.events_of(&self.file("cgroup.events", OFlag::O_RDONLY)?)
+    fn set_frozen(&self, frozen: bool) -> Result<()> {
+        let value: &[u8] = if frozen { b"1" } else { b"0" };
+        nix::sys::uio::pwrite(&self.freezer, value, 0)
+            .map(drop)
+            .context("write", self.object("cgroup.freeze"))
     }
 
-    fn events_of(&self, file: &OwnedFd) -> Result<Events> {
+    fn events(&self) -> Result<Events> {
         let mut text = [0; 256];
-        let got = nix::sys::uio::pread(file, &mut text, 0)
+        let got = nix::sys::uio::pread(&self.events, &mut text, 0)
             .context("read", self.object("cgroup.events"))?;
         std::str::from_utf8(&text[..got])
             .ok()
@@ -311,10 +333,9 @@ impl Cgroup {
     }
 
     fn wait(&self, what: &str, within: Duration, is: impl Fn(Events) -> bool) -> Result<()> {
-        let file = self.file("cgroup.events", OFlag::O_RDONLY)?;
         let start = Instant::now();
         loop {
-            if is(self.events_of(&file)?) {
+            if is(self.events()?) {
                 return Ok(());
             }
             let spent = start.elapsed();

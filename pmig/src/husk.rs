@@ -8,6 +8,7 @@ use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
 use crate::error::{Context, Error, Result};
+use crate::state::bounds::Bounds;
 use crate::state::memory::{apply, steps, Layout, Vma, BOTTOM, PAGE, TOP};
 use crate::sys::ptrace::{self, Change};
 use crate::sys::{pidfd, spawn};
@@ -130,6 +131,38 @@ impl Husk {
         }
         self.vmas = layout.vmas.clone();
         Ok(())
+    }
+
+    /// Makes `exe` its executable, as `/proc/PID/exe` shows it. The husk must
+    /// have no descriptors of the program's yet.
+    ///
+    /// # Errors
+    /// [`Error::Bad`] for bounds that no kernel takes.
+    pub fn run_from(&mut self, exe: BorrowedFd<'_>, bounds: &Bounds) -> Result<()> {
+        let mut b = Batch::new();
+        b.call(
+            "close all descriptors",
+            libc::SYS_close_range,
+            &[0u64.into(), (u32::MAX as u64).into(), 0u64.into()],
+        );
+        b.call(
+            "look at pmig",
+            libc::SYS_pidfd_open,
+            &[std::process::id().into(), 0u64.into()],
+        );
+        b.call(
+            "fetch the executable",
+            libc::SYS_pidfd_getfd,
+            &[0u64.into(), exe.as_raw_fd().into(), 0u64.into()],
+        );
+        // The two above got the lowest numbers.
+        bounds.restore(&mut b, Some(1))?;
+        b.call(
+            "close the executable",
+            libc::SYS_close_range,
+            &[0u64.into(), (u32::MAX as u64).into(), 0u64.into()],
+        );
+        self.stopped.run(b).map(drop)
     }
 
     /// Writes pages, wherever they lie in the program's own mappings.

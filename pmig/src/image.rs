@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::state::bounds::Bounds;
 use crate::state::clock::Clock;
 use crate::state::fd::FdTable;
 use crate::state::files::FileSet;
@@ -18,6 +19,8 @@ pub struct Preview {
     pub needs: Needs,
     pub comm: String,
     pub exe: FilePath,
+    /// As they are now.
+    pub bounds: Bounds,
     pub layout: Layout,
     pub descriptors: FdTable,
     /// Every file that is open, mapped or executed.

@@ -23,6 +23,7 @@ mod store;
 mod target;
 
 use std::path::PathBuf;
+use std::sync::OnceLock;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use nix::fcntl::{Flock, FlockArg};
@@ -36,6 +37,7 @@ use crate::transport::Addr;
 
 pub use source::{open as open_source, Armed, Committing, Lost, Order, Stage, Verdict};
 pub use store::Folder;
+use store::Prepared;
 pub use target::{look, open as open_target, Aborted, Committed, Fate, Husk, Looked, NeverRan};
 
 /// Settled records are kept this long, to be asked and looked at.
@@ -103,6 +105,9 @@ pub struct New {
 struct Entry {
     folder: Folder,
     record: Record,
+    /// The decision for the program's move, written ahead of time by who may
+    /// have to take it while the program stands still.
+    prepared: OnceLock<Prepared>,
     /// None where the fate is only looked up or decided beside a live owner.
     _lock: Option<Flock<std::os::fd::OwnedFd>>,
 }
@@ -181,8 +186,30 @@ impl Entry {
         Ok(Entry {
             folder,
             record,
+            prepared: OnceLock::new(),
             _lock: lock,
         })
+    }
+
+    /// Makes ready what [`Entry::decide_as_prepared`] decides.
+    fn prepare(&self, wish: &impl Serialize) -> Result<()> {
+        let prepared = self.folder.prepare(&json(wish)?)?;
+        // Only who makes a record prepares it, once.
+        let _ = self.prepared.set(prepared);
+        Ok(())
+    }
+
+    /// Decides the fate, unless it is decided; whether it won.
+    fn decide(&self, wish: &impl Serialize) -> Result<bool> {
+        self.folder.decide("fate", &json(wish)?)
+    }
+
+    /// The same, by what was written ahead of time if there is such.
+    fn decide_as_prepared(&self, wish: &impl Serialize) -> Result<bool> {
+        match self.prepared.get() {
+            Some(prepared) => self.folder.put(prepared, "fate"),
+            None => self.decide(wish),
+        }
     }
 
     fn open(folder: Folder, role: Role, id: Id, lock: Option<FlockArg>) -> Result<Option<Entry>> {
@@ -204,6 +231,7 @@ impl Entry {
         Ok(Some(Entry {
             folder,
             record,
+            prepared: OnceLock::new(),
             _lock: lock,
         }))
     }
@@ -213,6 +241,9 @@ impl Entry {
     }
 
     fn settle(&self) -> Result<()> {
+        if let Some(prepared) = self.prepared.get() {
+            self.folder.discard(prepared)?;
+        }
         self.folder.decide("settled", b"{}\n").map(drop)
     }
 

@@ -73,7 +73,9 @@ impl Armed {
     /// # Errors
     /// Fails where the id was used before.
     pub fn arm(new: New) -> Result<Armed> {
-        Entry::create(Role::Source, new).map(|e| Armed(Arc::new(e)))
+        let entry = Entry::create(Role::Source, new)?;
+        entry.prepare(&State::Committing)?;
+        Ok(Armed(Arc::new(entry)))
     }
 
     /// Opens the record of a living migration beside its owner (for its
@@ -106,9 +108,11 @@ impl Armed {
     /// Records COMMITTING, unless ABORTED was recorded before: the point of no
     /// return.
     pub fn commit(&self) -> Result<Committing, Lost> {
-        let wish = json(&State::Committing).map_err(Lost::Failed)?;
+        let won = self.0.decide_as_prepared(&State::Committing);
+        if let Ok(true) = won {
+            return Ok(Committing(self.0.clone()));
+        }
         // A decision that failed may still have been made.
-        let won = self.0.folder.decide("fate", &wish);
         match (self.state(), won) {
             (Ok(Some(State::Committing)), _) => Ok(Committing(self.0.clone())),
             (Ok(Some(State::Aborted { why })), _) => Err(Lost::Aborted { why }),
@@ -123,8 +127,7 @@ impl Armed {
     /// Records ABORTED, unless COMMITTING was recorded before; then that stands.
     /// Only after this may the program be let go on.
     pub fn abort(&self, why: &str) -> Result<Stage> {
-        let wish = json(&State::Aborted { why: why.into() })?;
-        let won = self.0.folder.decide("fate", &wish);
+        let won = self.0.decide(&State::Aborted { why: why.into() });
         match self.stage()? {
             Stage::Armed(_) => Err(won.err().unwrap_or_else(|| {
                 Error::bad(self.0.folder.path().display(), "the record vanished")

@@ -12,7 +12,7 @@ use nix::fcntl::{openat, renameat, AtFlags, Flock, FlockArg, OFlag, AT_FDCWD};
 use nix::sys::stat::{fstat, fstatat, mkdirat, Mode, SFlag};
 use nix::unistd::{fsync, geteuid, linkat, unlinkat, UnlinkatFlags};
 
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, Result, Within};
 
 /// The most that is read of any file here, in bytes.
 const MAX: u64 = 16 << 20;
@@ -23,6 +23,10 @@ pub struct Folder {
     fd: OwnedFd,
     path: PathBuf,
 }
+
+/// A whole file that has no name of its own yet.
+#[derive(Debug)]
+pub struct Prepared(String);
 
 const DIR: OFlag = OFlag::O_RDONLY
     .union(OFlag::O_DIRECTORY)
@@ -105,8 +109,8 @@ impl Folder {
         self.fd.as_fd()
     }
 
-    fn object(&self, name: &str) -> String {
-        self.path.join(name).display().to_string()
+    fn object<'a>(&'a self, name: &'a str) -> Within<'a> {
+        Within(&self.path, name)
     }
 
     /// The content of a file, if it is there.
@@ -189,23 +193,38 @@ impl Folder {
         Ok(())
     }
 
-    /// Puts a file there if nothing has the name: of many who try, one wins,
-    /// and nobody ever sees it half written. `false`: lost.
-    pub fn decide(&self, name: &str, bytes: &[u8]) -> Result<bool> {
-        let temporary = self.temporary(bytes, false)?;
-        let linked = linkat(
+    /// Writes a file ahead of time, for [`Folder::put`].
+    pub fn prepare(&self, bytes: &[u8]) -> Result<Prepared> {
+        self.temporary(bytes, false).map(Prepared)
+    }
+
+    /// As [`Folder::decide`], with a file that was written ahead of time.
+    pub fn put(&self, prepared: &Prepared, name: &str) -> Result<bool> {
+        match linkat(
             self.fd(),
-            temporary.as_str(),
+            prepared.0.as_str(),
             self.fd(),
             name,
             AtFlags::empty(),
-        );
-        let _ = self.delete(&temporary);
-        match linked {
+        ) {
             Ok(()) => Ok(true),
             Err(Errno::EEXIST) => Ok(false),
             Err(e) => Err(e).context("link", self.object(name)),
         }
+    }
+
+    /// Deletes what was written ahead of time, put or not.
+    pub fn discard(&self, prepared: &Prepared) -> Result<()> {
+        self.delete(&prepared.0)
+    }
+
+    /// Puts a file there if nothing has the name: of many who try, one wins,
+    /// and nobody ever sees it half written. `false`: lost.
+    pub fn decide(&self, name: &str, bytes: &[u8]) -> Result<bool> {
+        let prepared = self.prepare(bytes)?;
+        let put = self.put(&prepared, name);
+        let _ = self.discard(&prepared);
+        put
     }
 
     /// Makes the names in it survive the machine.

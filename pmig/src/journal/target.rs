@@ -57,13 +57,23 @@ enum State {
     Aborted { why: String },
 }
 
+impl State {
+    fn ordered() -> State {
+        State::Committed {
+            why: "the source said so".into(),
+        }
+    }
+}
+
 impl Husk {
     /// Records ARMED and syncs it. Before the source freezes.
     ///
     /// # Errors
     /// Fails where the id was used before.
     pub fn arm(new: New) -> Result<Husk> {
-        Entry::create(Role::Target, new).map(|e| Husk(Arc::new(e)))
+        let entry = Entry::create(Role::Target, new)?;
+        entry.prepare(&State::ordered())?;
+        Ok(Husk(Arc::new(entry)))
     }
 
     pub fn record(&self) -> &Record {
@@ -90,9 +100,11 @@ impl Husk {
         if order.id() != record.id || !order.secret().is(&record.secret) {
             return Err(Error::bad("commit", "is for another migration"));
         }
-        self.decide(&State::Committed {
-            why: "the source said so".into(),
-        })
+        let won = self.0.decide_as_prepared(&State::ordered());
+        if let Ok(true) = won {
+            return Ok(Fate::Committed(Committed(self.0.clone())));
+        }
+        self.stands(won)
     }
 
     /// A person revives it here.
@@ -129,8 +141,12 @@ impl Husk {
     }
 
     fn decide(&self, wish: &State) -> Result<Fate> {
-        // A decision that failed may still have been made.
-        let won = self.0.folder.decide("fate", &json(wish)?);
+        self.stands(self.0.decide(wish))
+    }
+
+    /// What was decided, by whomever: a decision that failed may still have
+    /// been made.
+    fn stands(&self, won: Result<bool>) -> Result<Fate> {
         match self.fate()? {
             Some(fate) => Ok(fate),
             None => Err(won.err().unwrap_or_else(|| {
@@ -153,11 +169,17 @@ impl Committed {
     /// The same for whoever comes later: harmless where it runs already.
     pub fn thaw_again(&self) -> Result<()> {
         if let Some(held) = Frozen::open(&self.record().place)? {
-            let hold = held.thaw()?;
-            let _ = hold.set_memory_max(None);
-            hold.leave();
+            self.let_live(held.thaw()?);
         }
         Ok(())
+    }
+
+    /// It is a program like any other from now on.
+    pub fn let_live(&self, running: Hold) {
+        if let Err(e) = running.set_memory_max(None) {
+            tracing::warn!("the program's memory stays limited: {e}");
+        }
+        running.leave();
     }
 
     /// What [`Husk::note_files`] noted.

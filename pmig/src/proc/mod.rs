@@ -5,6 +5,7 @@ pub mod cgroup;
 
 pub mod sched;
 pub mod smaps;
+pub mod stat;
 pub mod status;
 pub mod timers;
 

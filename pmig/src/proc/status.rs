@@ -1,16 +1,41 @@
 //! `/proc/PID/status`.
 
-use procfs::process::Status as Known;
-use procfs::FromBufRead;
-
 use crate::error::{Error, Result};
 
-/// `/proc/PID/status` (proc_pid_status(5)), with the lines that the procfs
-/// crate leaves out.
-#[derive(Debug, Clone)]
+/// `/proc/PID/status` (proc_pid_status(5)): what pmig wants of it. Read while
+/// programs stand still, so it is taken apart in one go, which the procfs crate
+/// does not do.
+#[derive(Debug, Clone, Default)]
 pub struct Status {
-    /// What the procfs crate knows.
-    pub known: Known,
+    /// The state's letter: R, S, D, T, t, Z, X, ...
+    pub letter: char,
+    pub pid: i32,
+    pub tgid: i32,
+    pub ppid: i32,
+    pub tracer: i32,
+    pub threads: u64,
+    /// Real, effective, saved and filesystem user.
+    pub uids: [u32; 4],
+    /// The same of the group.
+    pub gids: [u32; 4],
+    pub groups: Vec<u32>,
+    /// Since Linux 4.7.
+    pub umask: Option<u32>,
+    /// None: a thread of the kernel, or a process that has ended.
+    pub memory: bool,
+    /// Signals pending for the thread and for the process.
+    pub pending: [u64; 2],
+    pub ignored: u64,
+    pub caught: u64,
+    pub inheritable: u64,
+    pub permitted: u64,
+    pub effective: u64,
+    /// All where the kernel has no such set.
+    pub bounding: u64,
+    pub ambient: u64,
+    pub no_new_privs: bool,
+    /// 0: none, 1: strict, 2: filter.
+    pub seccomp: u32,
     /// `x86_Thread_features: shstk ...`: a shadow stack is on.
     pub shadow_stack: bool,
     /// `untag_mask`: not all ones where addresses carry tags (LAM).
@@ -25,39 +50,134 @@ impl Status {
     }
 
     fn parse(pid: i32, text: &str) -> Result<Status> {
-        let known = Known::from_buf_read(text.as_bytes())
-            .map_err(|e| Error::bad(format!("/proc/{pid}/status"), e))?;
-        let line = |name: &str| {
-            text.lines()
-                .find_map(|l| l.strip_prefix(name)?.strip_prefix(':'))
+        let mut status = Status {
+            bounding: u64::MAX,
+            ..Status::default()
         };
-        Ok(Status {
-            known,
-            shadow_stack: line("x86_Thread_features")
-                .is_some_and(|v| v.split_whitespace().any(|f| f == "shstk")),
-            tagged_addresses: line("untag_mask").is_some_and(|v| v.trim() != "0xffffffffffffffff"),
-        })
+        let bad = |line: &str| {
+            Error::bad(
+                format!("/proc/{pid}/status"),
+                format!("not understood: {}", crate::error::printable(line)),
+            )
+        };
+        for line in text.lines() {
+            let (name, value) = line.split_once(':').ok_or_else(|| bad(line))?;
+            status
+                .take(name, value.trim_ascii())
+                .ok_or_else(|| bad(line))?;
+        }
+        if status.pid <= 0 || status.letter == '\0' || status.threads == 0 {
+            return Err(bad("lines are missing"));
+        }
+        Ok(status)
     }
 
-    /// The state's letter: R, S, D, T, t, Z, X, ...
-    pub fn letter(&self) -> char {
-        self.known.state.chars().next().unwrap_or('?')
+    fn take(&mut self, name: &str, value: &str) -> Option<()> {
+        match name {
+            "State" => self.letter = value.chars().next()?,
+            "Umask" => self.umask = Some(u32::from_str_radix(value, 8).ok()?),
+            "Tgid" => self.tgid = value.parse().ok()?,
+            "Pid" => self.pid = value.parse().ok()?,
+            "PPid" => self.ppid = value.parse().ok()?,
+            "TracerPid" => self.tracer = value.parse().ok()?,
+            "Threads" => self.threads = value.parse().ok()?,
+            "Uid" => self.uids = four(value)?,
+            "Gid" => self.gids = four(value)?,
+            "Groups" => {
+                let all = value.split_ascii_whitespace().map(str::parse);
+                self.groups = all.collect::<std::result::Result<_, _>>().ok()?;
+            }
+            "VmSize" => self.memory = true,
+            "SigPnd" => self.pending[0] = mask(value)?,
+            "ShdPnd" => self.pending[1] = mask(value)?,
+            "SigIgn" => self.ignored = mask(value)?,
+            "SigCgt" => self.caught = mask(value)?,
+            "CapInh" => self.inheritable = mask(value)?,
+            "CapPrm" => self.permitted = mask(value)?,
+            "CapEff" => self.effective = mask(value)?,
+            "CapBnd" => self.bounding = mask(value)?,
+            "CapAmb" => self.ambient = mask(value)?,
+            "NoNewPrivs" => self.no_new_privs = value == "1",
+            "Seccomp" => self.seccomp = value.parse().ok()?,
+            "x86_Thread_features" => {
+                self.shadow_stack = value.split_ascii_whitespace().any(|f| f == "shstk");
+            }
+            "untag_mask" => self.tagged_addresses = value != "0xffffffffffffffff",
+            _ => {}
+        }
+        Some(())
     }
+}
+
+fn mask(value: &str) -> Option<u64> {
+    u64::from_str_radix(value, 16).ok()
+}
+
+fn four(value: &str) -> Option<[u32; 4]> {
+    let mut all = value.split_ascii_whitespace().map(str::parse);
+    let mut next = || all.next()?.ok();
+    Some([next()?, next()?, next()?, next()?])
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use procfs::process::Process;
 
     #[test]
-    fn reads_its_own() {
-        let s = Status::read(std::process::id() as i32).unwrap();
-        assert_eq!(s.known.pid, std::process::id() as i32);
-        assert!(!s.tagged_addresses);
+    fn it_says_what_the_procfs_crate_says() {
+        let mut seen = 0;
+        for process in procfs::process::all_processes().unwrap().flatten() {
+            let (Ok(s), Ok(theirs)) = (Status::read(process.pid), process.status()) else {
+                continue;
+            };
+            if process.pid == std::process::id() as i32 {
+                // Its threads come and go.
+                continue;
+            }
+            seen += 1;
+            assert_eq!(
+                (s.pid, s.tgid, s.ppid),
+                (theirs.pid, theirs.tgid, theirs.ppid)
+            );
+            assert_eq!(s.tracer, theirs.tracerpid);
+            assert_eq!(s.uids, [theirs.ruid, theirs.euid, theirs.suid, theirs.fuid]);
+            assert_eq!(s.gids, [theirs.rgid, theirs.egid, theirs.sgid, theirs.fgid]);
+            assert_eq!((&s.groups, s.umask), (&theirs.groups, theirs.umask));
+            assert_eq!(s.memory, theirs.vmsize.is_some());
+            assert_eq!((s.ignored, s.caught), (theirs.sigign, theirs.sigcgt));
+            assert_eq!(
+                [
+                    s.inheritable,
+                    s.permitted,
+                    s.effective,
+                    s.bounding,
+                    s.ambient
+                ],
+                [
+                    theirs.capinh,
+                    theirs.capprm,
+                    theirs.capeff,
+                    theirs.capbnd.unwrap(),
+                    theirs.capamb.unwrap()
+                ]
+            );
+            assert_eq!(Some(u64::from(s.no_new_privs)), theirs.nonewprivs);
+            assert_eq!(Some(s.seccomp), theirs.seccomp);
+        }
+        assert!(seen > 0);
     }
 
     #[test]
-    fn sees_what_the_crate_leaves_out() {
+    fn reads_its_own() {
+        let own = Process::myself().unwrap();
+        let s = Status::read(own.pid).unwrap();
+        assert_eq!(s.pid, own.pid);
+        assert!(!s.tagged_addresses && s.memory && "RSD".contains(s.letter));
+    }
+
+    #[test]
+    fn sees_shadow_stacks_and_tagged_addresses() {
         let own = crate::proc::text(std::process::id() as i32, "status").unwrap();
         let own: String = own
             .lines()
@@ -78,5 +198,6 @@ mod tests {
     fn nonsense_is_refused() {
         assert!(Status::parse(1, "").is_err());
         assert!(Status::parse(1, "Name\nUid:\t1\n").is_err());
+        assert!(Status::parse(1, "Uid:\t1 2 3\n").is_err());
     }
 }

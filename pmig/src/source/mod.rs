@@ -27,10 +27,11 @@ use crate::lineage;
 use crate::patience::patience;
 use crate::phase::Phase;
 use crate::proc::status::Status;
-use crate::protocol::message::{Accepted, Hello, ToSource, ToTarget};
+use crate::protocol::message::{Accepted, Hello, ToSource, ToTarget, MAX_RAW};
 use crate::protocol::{preface, Wire};
 use crate::report::{Event, Facts, Failure, Freeze, Outcome, Progress, Summary};
 use crate::resolve::{self, Now};
+use crate::state::bounds::Bounds;
 use crate::state::clock::{self, Clock, Difference, Reading};
 use crate::state::fd::{self, Beat, Watch as FdWatch};
 use crate::state::memory::{self, Kernel, Layout, Tracker, PAGE};
@@ -101,7 +102,7 @@ pub fn migrate(
     };
     // The point of no return. What fails from here on is no longer undone by
     // anything but the target's own word.
-    let resumed = run.commit(&committing);
+    let resumed = run.commit(&mut building, &committing);
     run.release(building, frozen, committing, resumed, begun)
 }
 
@@ -154,6 +155,8 @@ struct Run<'a> {
     /// For the freeze's parts.
     lap: Instant,
     laps: Laps,
+    /// For pages on their way.
+    buf: Vec<u8>,
     stopped_at: Option<Reading>,
     _claim: Option<Claim>,
     /// As captured.
@@ -208,6 +211,7 @@ impl<'a> Run<'a> {
             needs: pcb::needs(pid)?,
             comm: comm(pid)?,
             exe,
+            bounds: Bounds::from_proc(pid)?,
             bytes: memory::resident(pid)?,
             layout,
             descriptors: table,
@@ -270,6 +274,7 @@ impl<'a> Run<'a> {
             freeze: Freeze::default(),
             lap: Instant::now(),
             laps: Laps::new(),
+            buf: Vec::new(),
             stopped_at: None,
             _claim: claim,
             signals: None,
@@ -354,6 +359,7 @@ impl<'a> Run<'a> {
         let begun = self.begin(Phase::Copy);
         b.keeper.enter(Phase::Copy)?;
         keep_in();
+        self.buf = vec![0; MAX_RAW];
         let mut smallest = u64::MAX;
         let mut worse = 0;
         let mut last_look = None;
@@ -458,13 +464,16 @@ impl<'a> Run<'a> {
                 clock: clock_there,
             })))
             .map_err(|e| self.better(e))?;
+        self.laps.add("sent");
 
         stopped.settle()?;
+        self.laps.add("settled");
         let hold = b
             .hold
             .take()
             .ok_or_else(|| Error::bad("migration", "the program is held by nobody"))?;
         let frozen = hold.freeze(hold::PATIENCE)?;
+        self.laps.add("held");
         // From here on its cgroup holds it, whatever becomes of us.
         b.restart.going_on(&mut stopped)?;
         if let Err(e) = stopped.detach() {
@@ -496,7 +505,6 @@ impl<'a> Run<'a> {
                 "try again",
             )]));
         }
-        b.keeper.enter(Phase::Commit)?;
         b.armed.commit().map_err(|lost| match lost {
             Lost::Aborted { why } => Error::bad("migration", format!("was aborted: {why}")),
             Lost::Failed(e) => e,
@@ -504,10 +512,13 @@ impl<'a> Run<'a> {
     }
 
     /// Sends the order to let it run, and hears when it does.
-    fn commit(&mut self, committing: &Committing) -> Result<Reading> {
+    fn commit(&mut self, b: &mut Building, committing: &Committing) -> Result<Reading> {
         self.laps.add("recorded");
-        self.begin(Phase::Commit);
         self.wire.send(&ToTarget::Commit(committing.order()))?;
+        self.begin(Phase::Commit);
+        // The keeper is woken when nobody waits for it. From here on the
+        // migration goes on without one too.
+        let _ = b.keeper.enter(Phase::Commit);
         fault::point(Phase::Commit, Role::Source, || self.wire.link().cut());
         match answer(&mut self.wire)? {
             ToSource::Committed { at } => {

@@ -84,7 +84,20 @@ impl Run<'_> {
                 .send(&ToTarget::Drops(some.to_vec()))
                 .map_err(|e| self.better(e))?;
         }
-        let mut buf = vec![0; MAX_RAW];
+        // Taken for as long: what hears of pieces has all of `self`.
+        let mut buf = std::mem::take(&mut self.buf);
+        let sent = self.send_runs(tracker, found, &mut buf, sent);
+        self.buf = buf;
+        sent
+    }
+
+    fn send_runs(
+        &mut self,
+        tracker: &mut Tracker,
+        found: &Found,
+        buf: &mut [u8],
+        sent: &mut dyn FnMut(&mut Self, u64) -> Result<()>,
+    ) -> Result<()> {
         let mut at = 0;
         let mut runs: Vec<(u64, u32)> = Vec::new();
         for run in &found.pages {
@@ -98,7 +111,7 @@ impl Run<'_> {
                 let mut from = at;
                 for got in tracker.read(piece, &mut buf[at..])? {
                     let len = (got.end - got.start) as usize;
-                    keep_content(tracker, got, &mut buf, from, &mut at, &mut runs);
+                    keep_content(tracker, got, buf, from, &mut at, &mut runs);
                     from += len;
                 }
             }

@@ -189,7 +189,7 @@ impl Attributes {
         };
         let mut all = Attributes {
             personality: done.result(asked.personality) as u32,
-            umask: status.known.umask.unwrap_or(0o022),
+            umask: status.umask.unwrap_or(0o022),
             parent_death_signal: u32_at(done.bytes(asked.pdeathsig), 0) as i32,
             dumpable: or(asked.dumpable, DUMP_USER),
             child_subreaper: u32_at(done.bytes(asked.subreaper), 0) != 0,
@@ -392,18 +392,12 @@ impl Attributes {
     /// started with wants CAP_SYS_RESOURCE.
     pub fn restore_outside(&self, pid: i32) -> Result<()> {
         self.check()?;
-        let current = number_in(pid, "oom_score_adj", 10)? as i32;
-        if current != self.oom_score_adj {
-            write(pid, "oom_score_adj", &self.oom_score_adj.to_string())?;
+        let score = write(pid, "oom_score_adj", &self.oom_score_adj.to_string());
+        if score.is_err() && number_in(pid, "oom_score_adj", 10)? != i64::from(self.oom_score_adj) {
+            return score;
         }
-        if number_in(pid, "coredump_filter", 16)? as u32 != self.coredump_filter {
-            write(
-                pid,
-                "coredump_filter",
-                &format!("{:#x}", self.coredump_filter),
-            )?;
-        }
-        Ok(())
+        let filter = format!("{:#x}", self.coredump_filter);
+        write(pid, "coredump_filter", &filter)
     }
 }
 

@@ -2,13 +2,12 @@
 //! where code, heap, arguments and environment lie, and the auxiliary vector
 //! (PR_SET_MM_MAP of PR_SET_MM(2const)).
 
-use procfs::process::Stat;
-use procfs::FromRead;
 use serde::{Deserialize, Serialize};
 
 use super::words::bytes_of;
 use crate::error::{Error, Result};
 use crate::proc;
+use crate::proc::stat::Stat;
 use crate::tracee::{Batch, Call, Done};
 
 /// The kernel's auxiliary vector holds fewer entries than this (AT_VECTOR_SIZE).
@@ -29,6 +28,7 @@ pub struct Bounds {
     pub env_start: u64,
     pub env_end: u64,
     /// `/proc/PID/auxv`.
+    #[serde(with = "serde_bytes")]
     pub auxv: Vec<u8>,
 }
 
@@ -51,23 +51,23 @@ impl Bounds {
     /// # Errors
     /// [`Error::Gone`], [`Error::Bad`].
     pub fn from_proc(pid: i32) -> Result<Bounds> {
-        let stat = proc::read(pid, "stat")?;
-        let stat = Stat::from_read(stat.as_slice())
-            .map_err(|e| Error::bad(format!("/proc/{pid}/stat"), e))?;
+        let stat = Stat::read(pid)?;
         let auxv = proc::read(pid, "auxv")?;
-        let start_brk = stat.start_brk.unwrap_or(0);
+        let [start_code, end_code, start_stack] = stat.fields(26)?;
+        let [start_data, end_data, start_brk, arg_start, arg_end, env_start, env_end] =
+            stat.fields(45)?;
         let bounds = Bounds {
-            start_code: stat.startcode,
-            end_code: stat.endcode,
-            start_data: stat.start_data.unwrap_or(0),
-            end_data: stat.end_data.unwrap_or(0),
+            start_code,
+            end_code,
+            start_data,
+            end_data,
             start_brk,
             brk: start_brk,
-            start_stack: stat.startstack,
-            arg_start: stat.arg_start.unwrap_or(0),
-            arg_end: stat.arg_end.unwrap_or(0),
-            env_start: stat.env_start.unwrap_or(0),
-            env_end: stat.env_end.unwrap_or(0),
+            start_stack,
+            arg_start,
+            arg_end,
+            env_start,
+            env_end,
             auxv,
         };
         bounds.check()?;

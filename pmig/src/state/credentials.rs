@@ -64,30 +64,26 @@ impl Credentials {
 
     /// All but the securebits, which no file tells.
     pub fn from_status(status: &Status) -> Credentials {
-        let s = &status.known;
+        let s = status;
+        let ids = |[real, effective, saved, fs]: [u32; 4]| Ids {
+            real,
+            effective,
+            saved,
+            fs,
+        };
         Credentials {
-            uid: Ids {
-                real: s.ruid,
-                effective: s.euid,
-                saved: s.suid,
-                fs: s.fuid,
-            },
-            gid: Ids {
-                real: s.rgid,
-                effective: s.egid,
-                saved: s.sgid,
-                fs: s.fgid,
-            },
+            uid: ids(s.uids),
+            gid: ids(s.gids),
             groups: s.groups.clone(),
             capabilities: Capabilities {
-                permitted: s.capprm,
-                effective: s.capeff,
-                inheritable: s.capinh,
-                ambient: s.capamb.unwrap_or(0),
-                bounding: s.capbnd.unwrap_or(u64::MAX),
+                permitted: s.permitted,
+                effective: s.effective,
+                inheritable: s.inheritable,
+                ambient: s.ambient,
+                bounding: s.bounding,
             },
             securebits: 0,
-            no_new_privs: s.nonewprivs == Some(1),
+            no_new_privs: s.no_new_privs,
         }
     }
 

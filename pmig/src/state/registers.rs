@@ -25,6 +25,7 @@ const TASK_SIZE: u64 = 1 << 56;
 pub struct Registers {
     pub general: Regs,
     /// The NT_X86_XSTATE register set: XSAVE's standard format.
+    #[serde(with = "serde_bytes")]
     pub xstate: Vec<u8>,
     /// Where its components lie.
     pub layout: XstateLayout,

@@ -1,5 +1,7 @@
 //! How the scheduler treats the process (sched(7)), from outside.
 
+use std::sync::OnceLock;
+
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Context, Error, Obstacle, Result};
@@ -91,8 +93,8 @@ impl Scheduling {
         if self.policy == SCHED_DEADLINE || self.policy > 7 || !(-20..20).contains(&self.nice) {
             return Err(Error::bad("scheduling", "not what can be carried"));
         }
-        let fits = self.lost_affinity(&online()).is_none();
-        let cpus = self.cpus.as_deref().filter(|_| fits);
+        let fits = |_: &&[u32]| self.lost_affinity(&online()).is_none();
+        let cpus = self.cpus.as_deref().filter(fits);
         sched::set_affinity(pid, cpus).context("set the affinity of process", pid)?;
         if self.io_priority != 0 {
             sched::set_ioprio(pid, self.io_priority)
@@ -119,11 +121,16 @@ impl Scheduling {
     }
 }
 
-/// CPUs that are online here.
+/// CPUs that are online here, or were when first asked for.
 pub fn online() -> Vec<u32> {
-    proc::setting("/sys/devices/system/cpu/online")
-        .and_then(|l| proc::ranges(&l, 8192))
-        .unwrap_or_default()
+    static ONLINE: OnceLock<Vec<u32>> = OnceLock::new();
+    ONLINE
+        .get_or_init(|| {
+            proc::setting("/sys/devices/system/cpu/online")
+                .and_then(|l| proc::ranges(&l, 8192))
+                .unwrap_or_default()
+        })
+        .clone()
 }
 
 /// `None` where the mask leaves out no CPU that is online: it is no wish, and

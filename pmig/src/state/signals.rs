@@ -124,8 +124,8 @@ impl Signals {
     /// ptrace's own.
     pub fn queues(stopped: &Stopped, status: &Status) -> Result<Queues> {
         Ok(Queues {
-            private: complete(&stopped.pending(false)?, status.known.sigpnd),
-            shared: complete(&stopped.pending(true)?, status.known.shdpnd),
+            private: complete(&stopped.pending(false)?, status.pending[0]),
+            shared: complete(&stopped.pending(true)?, status.pending[1]),
         })
     }
 
@@ -179,8 +179,8 @@ impl Signals {
     /// for a queued signal that cannot be sent from inside.
     pub fn restore(&self, batch: &mut Batch, now: &Status) -> Result<()> {
         self.check()?;
-        let pid = now.known.pid;
-        let untouched = now.known.sigign | now.known.sigcgt == 0;
+        let pid = now.pid;
+        let untouched = now.ignored | now.caught == 0;
         for (i, a) in self.actions.iter().enumerate() {
             let signal = i as i32 + 1;
             let fixed = signal == libc::SIGKILL || signal == libc::SIGSTOP;
@@ -227,7 +227,7 @@ impl Signals {
                 .filter(|i| (1..=64).contains(&i.signal()))
                 .fold(0u64, |m, i| m | 1 << (i.signal() - 1))
         };
-        (status.known.sigpnd & !marks(&self.private)) | (status.known.shdpnd & !marks(&self.shared))
+        (status.pending[0] & !marks(&self.private)) | (status.pending[1] & !marks(&self.shared))
     }
 }
 

@@ -9,12 +9,12 @@ mod files;
 
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use crate::error::{Context, Error, Obstacle, Result};
 use crate::fault::{self, Role};
-use crate::hold::{self, Hold};
+use crate::hold::{self, Frozen, Hold};
 use crate::husk::Husk;
 use crate::image::{Final, Preview};
 use crate::journal::{self, Fate, New};
@@ -28,7 +28,7 @@ use crate::protocol::Wire;
 use crate::state::clock::Reading;
 use crate::state::fd::{FdTable, Opened};
 use crate::state::memory::{Kernel, Layout};
-use crate::state::pcb::{self, Backend, MachineFacts, PcbChoice, PcbSupplies};
+use crate::state::pcb::{self, Backend, Fresh, MachineFacts, PcbChoice, PcbSupplies};
 use crate::state::restart::ProgramClock;
 use crate::sys::memory::keep_in;
 use crate::sys::{pidfd, timens};
@@ -209,9 +209,11 @@ fn short_of_memory(preview: &Preview, host: &str) -> Result<Option<Obstacle>> {
 
 /// What exists from the build on.
 struct Building {
-    preview: Preview,
     husk: Option<Husk>,
+    fresh: Fresh,
     hold: Option<Hold>,
+    /// The same, once it holds.
+    frozen: Option<Frozen>,
     record: journal::Husk,
     files: TargetFiles,
     descriptors: Opened,
@@ -223,7 +225,7 @@ struct Building {
 
 impl Building {
     fn build(hello: &Hello, mut files: TargetFiles) -> Result<Building> {
-        let preview = hello.preview.clone();
+        let preview = &hello.preview;
         raise_descriptor_limit();
         let hold = Hold::husk(hello.id)?;
         // Where the controller is there, a husk that outgrows the machine dies
@@ -262,13 +264,17 @@ impl Building {
             let mut mapped = BTreeMap::new();
             files.open_mapped(&preview.layout, &mut mapped)?;
             husk.adopt(&preview.layout, &mapped)?;
+            let exe = files.open(&preview.exe)?;
+            husk.run_from(exe.as_fd(), &preview.bounds)?;
+            let fresh = Fresh::of(pid)?;
             let descriptors = Opened::open(preview.descriptors.clone(), files.opener())?;
-            Ok((husk, record, descriptors, mapped))
+            Ok((husk, fresh, record, descriptors, mapped))
         })();
         match r {
-            Ok((husk, record, descriptors, mapped)) => Ok(Building {
-                preview,
+            Ok((husk, fresh, record, descriptors, mapped)) => Ok(Building {
                 husk: Some(husk),
+                fresh,
+                frozen: None,
                 hold: Some(hold),
                 record,
                 files,
@@ -380,7 +386,6 @@ impl Building {
         } = last;
         self.files.finish(&shipped)?;
         self.open_descriptors(descriptors)?;
-        let exe = self.files.open(&self.preview.exe)?;
         self.laps.add("files opened");
         let husk = self.husk.as_mut().ok_or_else(no_husk)?;
         let time = clock.restore()?;
@@ -388,36 +393,24 @@ impl Building {
         Husk::enter_time(&mut batch, time.as_fd());
         let own = std::process::id() as i32;
         let installation = self.descriptors.install(own, &mut batch);
-        let us = batch.call(
-            "look at pmig",
-            libc::SYS_pidfd_open,
-            &[own.into(), 0i32.into()],
-        );
-        let exe_there = batch.call(
-            "fetch the executable",
-            libc::SYS_pidfd_getfd,
-            &[us.into(), exe.as_raw_fd().into(), 0i32.into()],
-        );
-        batch.call("close", libc::SYS_close, &[us.into()]);
-        let done = husk.stopped().run(batch)?;
-        installation.check(&done)?;
-        self.laps.add("descriptors and time in the husk");
+        self.laps.add("descriptors and time");
         part(&mut times.descriptors);
 
         let supplies = PcbSupplies {
             clock: ProgramClock {
                 offset: clock.ahead.monotonic,
             },
-            exe: Some(done.result(exe_there) as i32),
+            fresh: self.fresh.clone(),
         };
-        backend.restore(husk.stopped(), &pcb, &supplies)?;
+        let done = backend.restore(husk.stopped(), batch, &pcb, &supplies)?;
+        installation.check(&done)?;
         self.laps.add("pcb");
         husk.settle()?;
         self.laps.add("settled");
         part(&mut times.pcb);
 
         let hold = self.hold.take().ok_or_else(no_husk)?;
-        hold.freeze(hold::PATIENCE)?;
+        self.frozen = Some(hold.freeze(hold::PATIENCE)?);
         let husk = self.husk.take().ok_or_else(no_husk)?;
         self.process = Some(husk.let_go()?);
         self.laps.add("held");
@@ -452,6 +445,7 @@ impl Building {
             mut files,
             descriptors,
             process,
+            frozen,
             mut laps,
             ..
         } = self;
@@ -460,11 +454,13 @@ impl Building {
         drop(descriptors);
         let placed = files.commit();
         laps.add("files in place");
-        committed.thaw_again()?;
+        let held = frozen.ok_or_else(no_husk)?;
+        let running = committed.thaw(held)?;
         let at = Reading::now();
         laps.add("thawed");
         let told = wire.send(&ToSource::Committed { at });
         fault::point(Phase::Release, Role::Target, || wire.link().cut());
+        committed.let_live(running);
         // Writing files through to the disk takes its time.
         watch_over(PATIENCE);
         laps.log("target");

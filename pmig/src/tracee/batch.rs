@@ -51,7 +51,7 @@ arg_from! {
 struct Entry {
     what: &'static str,
     number: i64,
-    args: Vec<Arg>,
+    args: [Arg; 6],
     may_fail: bool,
 }
 
@@ -88,7 +88,7 @@ impl Batch {
         self.entries.push(Entry {
             what,
             number,
-            args: args.to_vec(),
+            args: std::array::from_fn(|i| args.get(i).copied().unwrap_or(Arg::Val(0))),
             may_fail,
         });
         Call(self.entries.len() - 1)
@@ -118,7 +118,9 @@ impl Batch {
 
     /// Zeroed room for calls to write to, aligned to 16.
     pub fn space(&mut self, len: usize) -> Slot {
-        self.data(&vec![0; len])
+        let at = self.data.len().next_multiple_of(16);
+        self.data.resize(at + len, 0);
+        Slot { at, len }
     }
 
     fn data_at(&self) -> usize {
@@ -132,7 +134,7 @@ impl Batch {
 
     /// The table as the runner wants it at `base`.
     pub(super) fn table(&self, base: u64, head: &Head) -> Vec<u8> {
-        let mut words = vec![0u64; HEADER_WORDS];
+        let mut words = [0u64; HEADER_WORDS];
         words[header::COUNT] = self.entries.len() as u64;
         words[header::TGID] = head.pid as u64;
         words[header::TID] = head.pid as u64;
@@ -142,6 +144,13 @@ impl Batch {
         words[header::HOME_SP] = head.home_sp;
         words[header::HOME_BP] = head.home_bp;
         words[header::HOME_IP] = head.home_ip;
+        let mut bytes = Vec::with_capacity(self.len());
+        let add = |bytes: &mut Vec<u8>, words: &[u64]| {
+            for word in words {
+                bytes.extend_from_slice(&word.to_le_bytes());
+            }
+        };
+        add(&mut bytes, &words);
         for e in &self.entries {
             let mut w = [0u64; ENTRY_WORDS];
             w[entry::NUMBER] = e.number as u64;
@@ -158,9 +167,8 @@ impl Batch {
             if e.may_fail {
                 w[entry::FLAGS] |= entry::MAY_FAIL;
             }
-            words.extend_from_slice(&w);
+            add(&mut bytes, &w);
         }
-        let mut bytes: Vec<u8> = words.iter().flat_map(|w| w.to_le_bytes()).collect();
         bytes.resize(self.data_at(), 0);
         bytes.extend_from_slice(&self.data);
         for &(at, slot) in &self.pointers {

@@ -17,6 +17,10 @@ const CONNECT: Duration = Duration::from_secs(10);
 /// A connection that has not acknowledged anything for this long is dead.
 const SILENCE_MS: u32 = 20_000;
 
+/// What may be on its way or wait for the wire, in bytes: so much that pmig does
+/// not wait for the last pages to be sent when it could capture other state.
+const AHEAD: usize = 4 << 20;
+
 /// Reaches the pmig that listens at `addr`.
 pub fn connect(addr: &Addr) -> io::Result<Box<dyn Link>> {
     match addr {
@@ -44,6 +48,10 @@ fn tcp(stream: TcpStream, peer: String) -> io::Result<Plain<TcpStream>> {
     setsockopt(&stream, sockopt::TcpKeepIdle, &5)?;
     setsockopt(&stream, sockopt::TcpKeepInterval, &5)?;
     setsockopt(&stream, sockopt::TcpUserTimeout, &SILENCE_MS)?;
+    // Beyond the machine's limit only root may go.
+    if setsockopt(&stream, sockopt::SndBufForce, &AHEAD).is_err() {
+        let _ = setsockopt(&stream, sockopt::SndBuf, &AHEAD);
+    }
     Ok(Plain { stream, peer })
 }
 

@@ -32,6 +32,7 @@ pub struct Pipe {
     pub capacity: Option<u32>,
     /// Bytes written and not read yet; looked at only when the process stands
     /// still.
+    #[serde(with = "serde_bytes")]
     pub content: Vec<u8>,
 }
 

@@ -3,19 +3,16 @@
 
 use std::os::fd::AsFd;
 
-use procfs::process::Stat;
-use procfs::FromRead;
-
 use super::{
-    finish_outside, husk_credentials, inside, limits_of, recheck, CaptureContext, Pcb, PcbSupplies,
+    finish_outside, husk_credentials, inside, limits_of, recheck, CaptureContext, Fresh, Pcb,
+    PcbSupplies,
 };
 use crate::error::{Context, Error, Obstacle, Result};
-use crate::proc;
+use crate::proc::stat::Stat;
 use crate::proc::status::Status;
 use crate::state::attributes::Attributes;
 use crate::state::bounds::Bounds;
 use crate::state::credentials::Credentials;
-use crate::state::limits::Limits;
 use crate::state::registers::{Registers, Rseq, UserAreas};
 use crate::state::restart::{self, ProgramClock, Restart, Timed, Wait};
 use crate::state::scheduling::Scheduling;
@@ -24,7 +21,7 @@ use crate::sys::cpu::xstate_layout;
 use crate::sys::kmod::{abi, section_name, Kmod, RawPcb, RestoreError};
 use crate::sys::pidfd;
 use crate::sys::ptrace::Regs;
-use crate::tracee::{Batch, Stopped};
+use crate::tracee::{Batch, Done, Stopped};
 
 const CAPTURED: u64 = abi::SEC_XSTATE
     | abi::SEC_SIGMASK
@@ -205,15 +202,13 @@ fn attributes(stopped: &mut Stopped, status: &Status, p: &abi::Pcb) -> Result<At
         let done = stopped.run(batch)?;
         return Attributes::capture(pid, status, &asked, &done);
     }
-    let stat = proc::read(pid, "stat")?;
-    let stat =
-        Stat::from_read(stat.as_slice()).map_err(|e| Error::bad(format!("/proc/{pid}/stat"), e))?;
+    let [flags] = Stat::read(pid)?.fields(9)?;
     let name = &p.comm.comm;
     let end = name.iter().position(|b| *b == 0).unwrap_or(name.len());
     Ok(Attributes {
         comm: name[..end].to_vec(),
         personality: p.prctl.personality,
-        umask: status.known.umask.unwrap_or(0o022),
+        umask: status.umask.unwrap_or(0o022),
         parent_death_signal: p.prctl.pdeath_signal as i32,
         dumpable: p.mm.dumpable,
         child_subreaper: p.own.child_subreaper != 0,
@@ -223,7 +218,7 @@ fn attributes(stopped: &mut Stopped, status: &Status, p: &abi::Pcb) -> Result<At
         coredump_filter: p.mm.coredump_filter,
         tsc: 1,
         cpuid_faults: false,
-        mce_kill: match stat.flags {
+        mce_kill: match flags as u32 {
             f if f & PF_MCE_PROCESS == 0 => 2,
             f => (f & PF_MCE_EARLY != 0) as u32,
         },
@@ -374,7 +369,14 @@ fn restart_block(timed: &Timed, clock: ProgramClock) -> Result<abi::Restart> {
 
 const FUTEX_PRIVATE: u64 = 128;
 
-pub fn restore(kmod: &Kmod, husk: &mut Stopped, pcb: &Pcb, supplies: &PcbSupplies) -> Result<()> {
+pub fn restore(
+    kmod: &Kmod,
+    husk: &mut Stopped,
+    mut batch: Batch,
+    pcb: &Pcb,
+    supplies: &PcbSupplies,
+) -> Result<Done> {
+    let Fresh { status, limits } = &supplies.fresh;
     let pid = husk.pid();
     let (regs, timed) = pcb.restart.with(&pcb.registers.general)?;
     let block = timed
@@ -383,18 +385,14 @@ pub fn restore(kmod: &Kmod, husk: &mut Stopped, pcb: &Pcb, supplies: &PcbSupplie
     let raw = raw_signals(&pcb.signals, block)?;
 
     // What only the process itself can set; signals are left to the module.
-    let mut batch = Batch::new();
-    pcb.bounds.restore(&mut batch, supplies.exe)?;
-    if let Some(fd) = supplies.exe {
-        batch.call("close the executable", libc::SYS_close, &[fd.into()]);
-    }
+    pcb.bounds.restore(&mut batch, None)?;
     pcb.attributes.restore(&mut batch)?;
     pcb.areas.restore(&mut batch)?;
-    pcb.limits.restore(&mut batch, &Limits::of(pid)?)?;
+    pcb.limits.restore(&mut batch, limits)?;
     pcb.credentials
-        .restore(&mut batch, &husk_credentials(&Status::read(pid)?))?;
+        .restore(&mut batch, &husk_credentials(status))?;
     pcb.attributes.restore_late(&mut batch);
-    husk.run(batch)?;
+    let done = husk.run(batch)?;
 
     pcb.registers.restore_xstate(husk)?;
     husk.set_sigmask(pcb.signals.mask)?;
@@ -403,7 +401,8 @@ pub fn restore(kmod: &Kmod, husk: &mut Stopped, pcb: &Pcb, supplies: &PcbSupplie
     let fd = pidfd::open(pid).context("open process", pid)?;
     kmod.restore(fd.as_fd(), &raw, raw.sections, None)
         .map_err(|e| failure(pid, e))?;
-    finish_outside(pid, pcb)
+    finish_outside(pid, pcb)?;
+    Ok(done)
 }
 
 fn failure(pid: i32, e: RestoreError) -> Error {

@@ -28,7 +28,7 @@ use crate::error::{Context, Error, Result};
 use crate::proc::status::Status;
 use crate::sys::kmod::{Kmod, DEVICE};
 use crate::sys::limits::securebits;
-use crate::tracee::{Batch, Stopped};
+use crate::tracee::{Batch, Done, Stopped};
 
 /// Everything of the process control block that travels.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -78,13 +78,30 @@ pub struct CaptureContext<'a> {
 }
 
 /// What the target supplies to a restore.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone)]
 pub struct PcbSupplies {
     /// The program's clock at the target.
     pub clock: ProgramClock,
-    /// A descriptor of the husk for what `/proc/PID/exe` shall show; closed
-    /// when that is done. `None`: it is set already.
-    pub exe: Option<i32>,
+    /// What the husk is before.
+    pub fresh: Fresh,
+}
+
+/// What a process is that the restore begins with, looked up beforehand.
+#[derive(Debug, Clone)]
+pub struct Fresh {
+    status: Status,
+    limits: Limits,
+}
+
+impl Fresh {
+    /// # Errors
+    /// [`Error::Gone`]; those of procfs.
+    pub fn of(pid: i32) -> Result<Fresh> {
+        Ok(Fresh {
+            status: Status::read(pid)?,
+            limits: Limits::of(pid)?,
+        })
+    }
 }
 
 /// The way to a process control block.
@@ -161,8 +178,9 @@ impl Backend {
     }
 
     /// Restores a husk whose address space, descriptors and time namespace are
-    /// complete, and which is still root. It is the last thing done inside it:
-    /// afterwards only [`Stopped::settle`] and [`Stopped::detach`] may follow.
+    /// complete after the calls of `batch`, and which is still root then. It is
+    /// the last thing done inside it: afterwards only [`Stopped::settle`] and
+    /// [`Stopped::detach`] may follow. Returns what became of `batch`.
     ///
     /// The parent-death signal is set here: it is sent when the husk's parent
     /// ends, so a husk that shall outlive the session must have been handed to
@@ -170,10 +188,16 @@ impl Backend {
     ///
     /// # Errors
     /// The failing call by name; [`Error::Bad`] for a hostile `pcb`.
-    pub fn restore(&self, husk: &mut Stopped, pcb: &Pcb, supplies: &PcbSupplies) -> Result<()> {
+    pub fn restore(
+        &self,
+        husk: &mut Stopped,
+        batch: Batch,
+        pcb: &Pcb,
+        supplies: &PcbSupplies,
+    ) -> Result<Done> {
         match self {
-            Backend::Ptrace => restore_by_ptrace(husk, pcb, supplies),
-            Backend::Kmod(k) => kmod::restore(k, husk, pcb, supplies),
+            Backend::Ptrace => restore_by_ptrace(husk, batch, pcb, supplies),
+            Backend::Kmod(k) => kmod::restore(k, husk, batch, pcb, supplies),
         }
     }
 }
@@ -223,30 +247,31 @@ fn capture_by_ptrace(stopped: &mut Stopped, context: &CaptureContext) -> Result<
     })
 }
 
-fn restore_by_ptrace(husk: &mut Stopped, pcb: &Pcb, supplies: &PcbSupplies) -> Result<()> {
-    let pid = husk.pid();
-    let now = Status::read(pid)?;
-    let mut batch = Batch::new();
-    pcb.bounds.restore(&mut batch, supplies.exe)?;
-    if let Some(fd) = supplies.exe {
-        batch.call("close the executable", libc::SYS_close, &[fd.into()]);
-    }
+fn restore_by_ptrace(
+    husk: &mut Stopped,
+    mut batch: Batch,
+    pcb: &Pcb,
+    supplies: &PcbSupplies,
+) -> Result<Done> {
+    let Fresh { status, limits } = &supplies.fresh;
+    pcb.bounds.restore(&mut batch, None)?;
     pcb.attributes.restore(&mut batch)?;
     pcb.areas.restore(&mut batch)?;
-    pcb.signals.restore(&mut batch, &now)?;
+    pcb.signals.restore(&mut batch, status)?;
     // Not before the queues: one limit is theirs.
-    pcb.limits.restore(&mut batch, &Limits::of(pid)?)?;
+    pcb.limits.restore(&mut batch, limits)?;
     pcb.credentials
-        .restore(&mut batch, &husk_credentials(&now))?;
+        .restore(&mut batch, &husk_credentials(status))?;
     pcb.attributes.restore_late(&mut batch);
-    husk.run(batch)?;
+    let done = husk.run(batch)?;
     let regs = pcb
         .restart
         .restore(husk, &pcb.registers.general, supplies.clock)?;
     pcb.registers.restore_xstate(husk)?;
     husk.set_sigmask(pcb.signals.mask)?;
     husk.set_regs(&regs)?;
-    finish_outside(pid, pcb)
+    finish_outside(husk.pid(), pcb)?;
+    Ok(done)
 }
 
 /// What comes last with either backend.

@@ -71,14 +71,14 @@ pub fn preflight(pid: i32) -> Result<Vec<Obstacle>> {
         // The rest cannot be asked of what has no memory.
         return Ok(all);
     }
-    if status.known.tracerpid != 0 {
+    if status.tracer != 0 {
         all.push(Obstacle::new(
             "tracer",
-            format!("process {} traces it", status.known.tracerpid),
+            format!("process {} traces it", status.tracer),
             "end the debugger or strace first",
         ));
     }
-    if status.letter() == 'T' {
+    if status.letter == 'T' {
         all.push(Obstacle::new(
             "job control",
             "the process is stopped",
@@ -130,11 +130,11 @@ pub fn recheck(stopped: &Stopped, status: &Status) -> Result<Vec<Obstacle>> {
 }
 
 fn states(status: &Status) -> Vec<Obstacle> {
-    let s = &status.known;
+    let s = status;
     let mut all = Vec::new();
-    if matches!(status.letter(), 'Z' | 'X') {
+    if matches!(status.letter, 'Z' | 'X') {
         all.push(Obstacle::new("process", "has ended already", ""));
-    } else if s.vmsize.is_none() {
+    } else if !s.memory {
         all.push(Obstacle::new("process", "is a thread of the kernel", ""));
     } else if s.tgid != s.pid {
         all.push(Obstacle::new(
@@ -149,19 +149,19 @@ fn states(status: &Status) -> Vec<Obstacle> {
 }
 
 fn shared_checks(status: &Status) -> Result<Vec<Obstacle>> {
-    let pid = status.known.pid;
+    let pid = status.pid;
     let mut all = Vec::new();
-    if status.known.threads != 1 {
+    if status.threads != 1 {
         all.push(Obstacle::new(
             "threads",
             format!(
                 "the process has {}, only one can be carried",
-                status.known.threads
+                status.threads
             ),
             "",
         ));
     }
-    let children = match status.known.threads {
+    let children = match status.threads {
         1 => children_of(pid, pid)?,
         _ => children(pid)?,
     };
@@ -174,7 +174,7 @@ fn shared_checks(status: &Status) -> Result<Vec<Obstacle>> {
             "wait until they have ended and were waited for",
         ));
     }
-    if status.known.seccomp.unwrap_or(0) != 0 {
+    if status.seccomp != 0 {
         all.push(Obstacle::new(
             "seccomp",
             "the process is confined by a seccomp filter, which is not carried",
@@ -234,7 +234,7 @@ fn children_by_parent(pid: i32) -> Result<Vec<i32>> {
         .context("list", "/proc")?
         .flatten()
         .filter_map(|e| e.file_name().to_str()?.parse::<i32>().ok())
-        .filter(|p| Status::read(*p).is_ok_and(|s| s.known.ppid == pid))
+        .filter(|p| Status::read(*p).is_ok_and(|s| s.ppid == pid))
         .collect())
 }
 
@@ -457,7 +457,7 @@ mod tests {
         let stop = nix::sys::signal::Signal::SIGSTOP;
         nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), stop).unwrap();
         for _ in 0..100 {
-            if Status::read(pid).unwrap().letter() == 'T' {
+            if Status::read(pid).unwrap().letter == 'T' {
                 break;
             }
             std::thread::sleep(std::time::Duration::from_millis(5));

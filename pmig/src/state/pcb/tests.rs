@@ -70,7 +70,7 @@ impl Program {
 /// Until it has fallen asleep in a system call.
 fn asleep(pid: i32) {
     for _ in 0..400 {
-        if Status::read(pid).unwrap().letter() == 'S' {
+        if Status::read(pid).unwrap().letter == 'S' {
             return;
         }
         std::thread::sleep(Duration::from_millis(5));
@@ -198,14 +198,22 @@ fn a_twin_gets_everything_by(backend: &Backend) {
 
     let mut b = stop(twin, &mut watch);
     without_rseq(&mut b, &pcb);
-    backend
-        .restore(&mut b, &pcb, &PcbSupplies::default())
-        .unwrap();
+    restore_by(backend, &mut b, &pcb);
     b.settle().unwrap();
     let again = capture_by(backend, &mut b, &watch).unwrap();
     assert_eq!(again.registers.general, pcb.registers.general);
     assert_eq!(again.registers.xstate, pcb.registers.xstate);
     assert_eq!(again, pcb);
+}
+
+fn restore_by(backend: &Backend, stopped: &mut Stopped, pcb: &Pcb) {
+    let supplies = PcbSupplies {
+        clock: ProgramClock::default(),
+        fresh: Fresh::of(stopped.pid()).unwrap(),
+    };
+    backend
+        .restore(stopped, Batch::new(), pcb, &supplies)
+        .unwrap();
 }
 
 /// A husk has no rseq area; other processes do.
@@ -352,8 +360,7 @@ fn through_stops_by(backend: &Backend, call: &str, result: (i64, i32)) {
             watch.going_on(&mut s).unwrap();
         } else {
             without_rseq(&mut s, &pcb);
-            let supplies = PcbSupplies::default();
-            backend.restore(&mut s, &pcb, &supplies).unwrap();
+            restore_by(backend, &mut s, &pcb);
         }
         s.detach().unwrap();
     }
@@ -427,8 +434,7 @@ fn again(call: &str, number: i64, wake: impl Fn(&Program) -> bool, result: (i64,
                 watch.going_on(&mut s).unwrap();
             } else {
                 without_rseq(&mut s, &pcb);
-                let supplies = PcbSupplies::default();
-                backend.restore(&mut s, &pcb, &supplies).unwrap();
+                restore_by(&backend, &mut s, &pcb);
             }
             s.detach().unwrap();
             asleep(p.pid());
