@@ -69,6 +69,15 @@ impl Husk {
         })
     }
 
+    /// Makes a process that stands in for a program of that address space where
+    /// something is rehearsed: with any PID, and nothing mapped but the vdso.
+    pub fn stand_in(layout: &Layout) -> Result<Husk> {
+        let layout = layout.of_the_kernel();
+        let mut husk = Husk::create(0, None, &layout)?;
+        husk.adopt(&layout, &BTreeMap::new())?;
+        Ok(husk)
+    }
+
     pub fn pid(&self) -> i32 {
         self.stopped.pid()
     }

@@ -37,8 +37,6 @@ pub struct Preview {
 pub struct Final {
     pub pcb: Pcb,
     pub descriptors: FdTable,
-    /// The shipped files, in the order in which they were asked for.
-    pub shipped: Vec<Shipped>,
     pub clock: Clock,
 }
 

@@ -49,6 +49,7 @@ const MAP: &[(&str, &[&str])] = &[
             "claim",
             "fault",
             "hold",
+            "husk",
             "id",
             "image",
             "interrupt",

@@ -28,7 +28,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::Obstacle;
 use crate::id::{Id, Secret};
-use crate::image::{Final, Preview};
+use crate::image::{Final, Preview, Shipped};
 use crate::journal::Order;
 use crate::state::clock::Reading;
 use crate::state::files::FileSet;
@@ -62,7 +62,14 @@ pub enum ToTarget {
     /// The files of the program, when there are new ones.
     Files(FileSet),
     RoundEnd,
+    /// As [`ToTarget::Final`], of a process that stands in for the program.
+    Rehearse(Box<Final>),
+    /// All but the memory written last, which follows in pages while the target
+    /// restores this.
     Final(Box<Final>),
+    /// All of memory has come, and all of the shipped files, which are listed
+    /// in the order in which they were asked for.
+    Complete(Vec<Shipped>),
     Commit(Order),
     /// Signals that were sent to the copy at the source since it was captured,
     /// as a mask.

@@ -7,6 +7,7 @@
 //! From the commit on the records decide.
 
 mod files;
+mod rehearse;
 mod send;
 mod times;
 mod undo;
@@ -360,6 +361,7 @@ impl<'a> Run<'a> {
         b.keeper.enter(Phase::Copy)?;
         keep_in();
         self.buf = vec![0; MAX_RAW];
+        self.rehearse()?;
         let mut smallest = u64::MAX;
         let mut worse = 0;
         let mut last_look = None;
@@ -439,35 +441,39 @@ impl<'a> Run<'a> {
         self.sync_files(&b.tracker.layout, &descriptors)?;
         self.part("descriptors");
         self.send_layout(&b.tracker, &found)?;
-        let keeper = &mut b.keeper;
-        self.send_pages(&mut b.tracker, &found, &mut |_, _| keeper.alive())?;
-        b.tracker.owes()?;
-        self.part("pages");
-
+        self.send_drops(&found)?;
         let context = CaptureContext {
             watch: &b.restart,
             clock,
         };
         let pcb = self.backend.capture(&mut stopped, &context)?;
+        // While nothing else is going on: what follows keeps two machines busy.
+        stopped.settle()?;
         self.part("pcb");
 
         self.signals = Some(pcb.signals.clone());
-        let shipped = self
-            .files
-            .last_pass(&mut self.wire, &mut || b.keeper.alive())?;
-        self.part("files");
         self.wire
             .send(&ToTarget::Final(Box::new(Final {
                 pcb,
                 descriptors,
-                shipped,
                 clock: clock_there,
             })))
             .map_err(|e| self.better(e))?;
         self.laps.add("sent");
 
-        stopped.settle()?;
-        self.laps.add("settled");
+        // The wire carries them while the target restores the rest.
+        let keeper = &mut b.keeper;
+        self.send_pages(&mut b.tracker, &found, &mut |_, _| keeper.alive())?;
+        b.tracker.owes()?;
+        self.part("pages");
+        let shipped = self
+            .files
+            .last_pass(&mut self.wire, &mut || b.keeper.alive())?;
+        self.wire
+            .send(&ToTarget::Complete(shipped))
+            .map_err(|e| self.better(e))?;
+        self.part("files");
+
         let hold = b
             .hold
             .take()

@@ -38,6 +38,7 @@ impl Run<'_> {
         };
         let mut sent = 0;
         self.send_layout(tracker, found)?;
+        self.send_drops(found)?;
         let n = self.rounds;
         self.send_pages(tracker, found, &mut |run, bytes| {
             sent += bytes;
@@ -71,19 +72,24 @@ impl Run<'_> {
             .map_err(|e| self.better(e))
     }
 
-    /// Sends what was found; `sent` hears of every piece.
-    pub(super) fn send_pages(
-        &mut self,
-        tracker: &mut Tracker,
-        found: &Found,
-        sent: &mut dyn FnMut(&mut Self, u64) -> Result<()>,
-    ) -> Result<()> {
+    /// Tells what was there and is gone.
+    pub(super) fn send_drops(&mut self, found: &Found) -> Result<()> {
         let drops: Vec<(u64, u64)> = found.drops.iter().map(|r| (r.start, r.end)).collect();
         for some in drops.chunks(4096) {
             self.wire
                 .send(&ToTarget::Drops(some.to_vec()))
                 .map_err(|e| self.better(e))?;
         }
+        Ok(())
+    }
+
+    /// Sends what was written; `sent` hears of every piece.
+    pub(super) fn send_pages(
+        &mut self,
+        tracker: &mut Tracker,
+        found: &Found,
+        sent: &mut dyn FnMut(&mut Self, u64) -> Result<()>,
+    ) -> Result<()> {
         // Taken for as long: what hears of pieces has all of `self`.
         let mut buf = std::mem::take(&mut self.buf);
         let sent = self.send_runs(tracker, found, &mut buf, sent);

@@ -37,6 +37,10 @@ impl Reading {
     }
 }
 
+fn coarse() -> i64 {
+    timens::clock(libc::CLOCK_MONOTONIC_COARSE) as i64
+}
+
 /// How far the clocks of a process are ahead of those of its machine.
 fn offsets(pid: &str) -> Result<Reading> {
     let path = format!("/proc/{pid}/timens_offsets");
@@ -75,6 +79,9 @@ pub struct Clock {
     pub ahead: Reading,
     /// What the program's clocks said when it was stopped; they never say less.
     pub at_stop: Reading,
+    /// The same of CLOCK_MONOTONIC_COARSE, which moves once a tick, and on each
+    /// machine at its own moments.
+    pub coarse: i64,
 }
 
 impl Clock {
@@ -83,6 +90,7 @@ impl Clock {
     pub fn capture(ahead: Reading, between: Reading) -> Clock {
         Clock {
             ahead: ahead.minus(between),
+            coarse: coarse().wrapping_add(ahead.monotonic),
             at_stop: Reading::now().plus(ahead),
         }
     }
@@ -96,7 +104,10 @@ impl Clock {
     /// once in a process, in its main thread. Afterwards `ahead` is exact.
     pub fn restore(&mut self) -> Result<std::fs::File> {
         let back = self.at_stop.minus(self.now());
-        self.ahead.monotonic = self.ahead.monotonic.wrapping_add(back.monotonic.max(0));
+        let coarse = coarse().wrapping_add(self.ahead.monotonic);
+        let back_coarse = self.coarse.wrapping_sub(coarse);
+        let monotonic = back.monotonic.max(back_coarse).max(0);
+        self.ahead.monotonic = self.ahead.monotonic.wrapping_add(monotonic);
         self.ahead.boottime = self.ahead.boottime.wrapping_add(back.boottime.max(0));
         let absolute = offsets("self")?.plus(self.ahead);
         timens::set_offsets(absolute.monotonic as i128, absolute.boottime as i128)

@@ -6,6 +6,7 @@
 //! whoever comes later repeats the thaw.
 
 mod files;
+mod rehearse;
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -28,7 +29,7 @@ use crate::protocol::Wire;
 use crate::state::clock::Reading;
 use crate::state::fd::{FdTable, Opened};
 use crate::state::memory::{Kernel, Layout};
-use crate::state::pcb::{self, Backend, Fresh, MachineFacts, PcbChoice, PcbSupplies};
+use crate::state::pcb::{self, Backend, Fresh, MachineFacts, PcbChoice};
 use crate::state::restart::ProgramClock;
 use crate::sys::memory::keep_in;
 use crate::sys::{pidfd, timens};
@@ -104,7 +105,7 @@ fn receive(wire: &mut Wire, options: &Options) -> Result<()> {
     let mut b = Building::build(&hello, files)?;
     fault::point(Phase::Build, Role::Target, || wire.link().cut());
     let r = b
-        .copy(wire)
+        .copy(&backend, wire)
         .and_then(|last| b.restore(*last, &backend, wire))
         .and_then(|ready| b.ready(ready, wire))
         .and_then(|order| b.record.commit(&order));
@@ -211,6 +212,8 @@ fn short_of_memory(preview: &Preview, host: &str) -> Result<Option<Obstacle>> {
 struct Building {
     husk: Option<Husk>,
     fresh: Fresh,
+    /// For the rehearsal.
+    stand_in: Option<Husk>,
     hold: Option<Hold>,
     /// The same, once it holds.
     frozen: Option<Frozen>,
@@ -220,6 +223,8 @@ struct Building {
     mapped: BTreeMap<u32, OwnedFd>,
     /// The process, once its cgroup holds it.
     process: Option<OwnedFd>,
+    /// For what is received.
+    buf: Vec<u8>,
     laps: Laps,
 }
 
@@ -258,6 +263,7 @@ impl Building {
                 addr: None,
                 place: hold.place().clone(),
             })?;
+            let stand_in = Building::stand_in(&preview.layout);
             // From here on new children would be in it: there are none.
             timens::unshare().context("make", "a time namespace")?;
             files.create(&record)?;
@@ -266,14 +272,16 @@ impl Building {
             husk.adopt(&preview.layout, &mapped)?;
             let exe = files.open(&preview.exe)?;
             husk.run_from(exe.as_fd(), &preview.bounds)?;
+            husk.stopped().find_way_out()?;
             let fresh = Fresh::of(pid)?;
             let descriptors = Opened::open(preview.descriptors.clone(), files.opener())?;
-            Ok((husk, fresh, record, descriptors, mapped))
+            Ok((husk, fresh, stand_in, record, descriptors, mapped))
         })();
         match r {
-            Ok((husk, fresh, record, descriptors, mapped)) => Ok(Building {
+            Ok((husk, fresh, stand_in, record, descriptors, mapped)) => Ok(Building {
                 husk: Some(husk),
                 fresh,
+                stand_in,
                 frozen: None,
                 hold: Some(hold),
                 record,
@@ -281,6 +289,7 @@ impl Building {
                 descriptors,
                 mapped,
                 process: None,
+                buf: Vec::new(),
                 laps: Laps::new(),
             }),
             Err(e) => {
@@ -293,10 +302,10 @@ impl Building {
     }
 
     /// Takes in what is sent, until the last word.
-    fn copy(&mut self, wire: &mut Wire) -> Result<Box<Final>> {
+    fn copy(&mut self, backend: &Backend, wire: &mut Wire) -> Result<Box<Final>> {
         wire.send(&ToSource::Built)?;
         keep_in();
-        let mut buf = vec![0; MAX_RAW];
+        self.buf = vec![0; MAX_RAW];
         // The bulk of the files comes in the first round.
         let mut synced = false;
         loop {
@@ -304,7 +313,7 @@ impl Building {
             match wire.recv()? {
                 ToTarget::Ping => wire.send(&ToSource::Pong(Reading::now()))?,
                 ToTarget::Layout(layout) => self.adopt(&layout)?,
-                ToTarget::Pages(runs) => self.pages(&runs, &mut buf, wire)?,
+                ToTarget::Pages(runs) => self.pages(&runs, wire)?,
                 ToTarget::Drops(runs) => {
                     let runs: Vec<Range<u64>> = runs.into_iter().map(|(a, b)| a..b).collect();
                     self.husk()?.discard(&runs)?;
@@ -314,11 +323,7 @@ impl Building {
                     self.files.create(&self.record)?;
                     wire.send(&ToSource::Ship(wanted))?;
                 }
-                ToTarget::Block { file, offset, len } => {
-                    let raw = piece(&mut buf, len)?;
-                    wire.recv_raw(raw)?;
-                    self.files.write(file, offset, raw)?;
-                }
+                ToTarget::Block { file, offset, len } => self.block(file, offset, len, wire)?,
                 ToTarget::PassEnd { file, size } => self.files.end_pass(file, size)?,
                 ToTarget::RoundEnd => {
                     fault::point(Phase::Copy, Role::Target, || wire.link().cut());
@@ -327,6 +332,7 @@ impl Building {
                     }
                     wire.send(&ToSource::RoundDone)?;
                 }
+                ToTarget::Rehearse(last) => self.rehearse(&last, backend),
                 ToTarget::Final(last) => {
                     self.laps = Laps::new();
                     fault::point(Phase::Freeze, Role::Target, || wire.link().cut());
@@ -344,7 +350,7 @@ impl Building {
         husk.adopt(layout, &self.mapped)
     }
 
-    fn pages(&mut self, runs: &[(u64, u32)], buf: &mut [u8], wire: &mut Wire) -> Result<()> {
+    fn pages(&mut self, runs: &[(u64, u32)], wire: &mut Wire) -> Result<()> {
         let all: u64 = runs.iter().map(|(_, len)| *len as u64).sum();
         if all > MAX_RAW as u64 {
             return Err(Error::bad(
@@ -352,9 +358,9 @@ impl Building {
                 format!("{all} bytes are too many"),
             ));
         }
-        let raw = &mut buf[..all as usize];
+        let raw = &mut self.buf[..all as usize];
         wire.recv_raw(raw)?;
-        let husk = self.husk()?;
+        let husk = self.husk.as_ref().ok_or_else(no_husk)?;
         let mut rest = &*raw;
         for &(start, len) in runs {
             let end = start
@@ -365,6 +371,16 @@ impl Building {
             rest = more;
         }
         Ok(())
+    }
+
+    /// A piece of a shipped file.
+    fn block(&mut self, file: u32, offset: u64, len: u32, wire: &mut Wire) -> Result<()> {
+        let raw = self
+            .buf
+            .get_mut(..len as usize)
+            .ok_or_else(|| Error::bad("block from peer", format!("{len} bytes are too many")))?;
+        wire.recv_raw(raw)?;
+        self.files.write(file, offset, raw)
     }
 
     /// Makes the husk the program, short of letting it run: from here on its
@@ -381,10 +397,8 @@ impl Building {
         let Final {
             pcb,
             descriptors,
-            shipped,
             mut clock,
         } = last;
-        self.files.finish(&shipped)?;
         self.open_descriptors(descriptors)?;
         self.laps.add("files opened");
         let husk = self.husk.as_mut().ok_or_else(no_husk)?;
@@ -396,17 +410,21 @@ impl Building {
         self.laps.add("descriptors and time");
         part(&mut times.descriptors);
 
-        let supplies = PcbSupplies {
-            clock: ProgramClock {
-                offset: clock.ahead.monotonic,
-            },
-            fresh: self.fresh.clone(),
+        let clock = ProgramClock {
+            offset: clock.ahead.monotonic,
         };
-        let done = backend.restore(husk.stopped(), batch, &pcb, &supplies)?;
+        let done = backend.restore(husk.stopped(), batch, &pcb, &self.fresh)?;
         installation.check(&done)?;
         self.laps.add("pcb");
-        husk.settle()?;
-        self.laps.add("settled");
+        part(&mut times.pcb);
+
+        self.rest(wire)?;
+        self.laps.add("last pages");
+        part(&mut times.memory);
+
+        let husk = self.husk.as_mut().ok_or_else(no_husk)?;
+        backend.finish(husk.stopped(), &pcb, clock)?;
+        self.laps.add("registers");
         part(&mut times.pcb);
 
         let hold = self.hold.take().ok_or_else(no_husk)?;
@@ -416,6 +434,18 @@ impl Building {
         self.laps.add("held");
         part(&mut times.hold);
         Ok(times)
+    }
+
+    /// Takes in what was written last.
+    fn rest(&mut self, wire: &mut Wire) -> Result<()> {
+        loop {
+            match wire.recv()? {
+                ToTarget::Pages(runs) => self.pages(&runs, wire)?,
+                ToTarget::Block { file, offset, len } => self.block(file, offset, len, wire)?,
+                ToTarget::Complete(shipped) => return self.files.finish(&shipped),
+                other => return Err(out_of_turn(wire, &other)),
+            }
+        }
     }
 
     fn open_descriptors(&mut self, table: FdTable) -> Result<()> {
@@ -541,11 +571,6 @@ fn await_build(wire: &mut Wire) -> Result<()> {
             other => return Err(out_of_turn(wire, &other)),
         }
     }
-}
-
-fn piece(buf: &mut [u8], len: u32) -> Result<&mut [u8]> {
-    buf.get_mut(..len as usize)
-        .ok_or_else(|| Error::bad("block from peer", format!("{len} bytes are too many")))
 }
 
 /// Descriptors of the program's are opened here before it has them.

@@ -72,6 +72,8 @@ pub struct Stopped {
     /// `None` for a husk, which nobody else lives in.
     home: Option<Home>,
     ground: Option<Ground>,
+    /// A system call instruction, where one was looked for ahead of time.
+    way_out: Option<u64>,
     live: bool,
     /// The signal whose delivery ends a batch; `None`: step by system calls.
     end: Option<i32>,
@@ -110,6 +112,7 @@ impl Stopped {
             scratch: None,
             home: None,
             ground: None,
+            way_out: None,
             live: true,
             end: None,
             held: Vec::new(),
@@ -143,6 +146,7 @@ impl Stopped {
             scratch: Some(Scratch { at: scratch.0, len }),
             home: None,
             ground: None,
+            way_out: None,
             live: false,
             end: Some(libc::SIGURG),
             held: Vec::new(),
@@ -446,10 +450,21 @@ impl Stopped {
         self.write(RemoteAddr(new), runner::code())
     }
 
+    /// Looks ahead of time for where the last call will be made from. The vdso
+    /// must not move any more.
+    ///
+    /// # Errors
+    /// There is no vdso.
+    pub fn find_way_out(&mut self) -> Result<()> {
+        self.way_out = Some(self.syscall_instruction()?);
+        Ok(())
+    }
+
     /// Where a single call can be made from.
     fn syscall_instruction(&self) -> Result<u64> {
-        if let Some(home) = &self.home {
-            return Ok(home.ground.syscall);
+        let known = self.home.as_ref().map(|home| home.ground.syscall);
+        if let Some(at) = known.or(self.way_out) {
+            return Ok(at);
         }
         let vdso = lines(self.pid)?
             .into_iter()

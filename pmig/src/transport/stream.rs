@@ -3,6 +3,8 @@ use std::net::{Shutdown, TcpListener, TcpStream, ToSocketAddrs};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
 use std::time::Duration;
 
 use nix::sys::socket::{
@@ -34,10 +36,10 @@ pub fn connect(addr: &Addr) -> io::Result<Box<dyn Link>> {
             }
             Err(last.unwrap_or_else(|| io::Error::other("the name has no address")))
         }
-        Addr::Unix(path) => Ok(Box::new(Plain {
-            peer: path.display().to_string(),
-            stream: UnixStream::connect(path)?,
-        })),
+        Addr::Unix(path) => {
+            let stream = UnixStream::connect(path)?;
+            Ok(Box::new(Plain::new(stream, path.display().to_string())))
+        }
     }
 }
 
@@ -52,7 +54,7 @@ fn tcp(stream: TcpStream, peer: String) -> io::Result<Plain<TcpStream>> {
     if setsockopt(&stream, sockopt::SndBufForce, &AHEAD).is_err() {
         let _ = setsockopt(&stream, sockopt::SndBuf, &AHEAD);
     }
-    Ok(Plain { stream, peer })
+    Ok(Plain::new(stream, peer))
 }
 
 /// Takes over a connection that another process accepted, whose peer it calls
@@ -62,10 +64,7 @@ pub fn adopt(fd: OwnedFd, peer: String) -> io::Result<Box<dyn Link>> {
         Some(AddressFamily::Inet | AddressFamily::Inet6) => {
             Ok(Box::new(tcp(TcpStream::from(fd), peer)?))
         }
-        Some(AddressFamily::Unix) => Ok(Box::new(Plain {
-            stream: UnixStream::from(fd),
-            peer,
-        })),
+        Some(AddressFamily::Unix) => Ok(Box::new(Plain::new(UnixStream::from(fd), peer))),
         _ => Err(io::Error::other("a socket of another kind")),
     }
 }
@@ -103,10 +102,7 @@ impl Listener {
             }
             Listener::Unix(l) => {
                 let (stream, _) = l.accept()?;
-                Ok(Box::new(Plain {
-                    stream,
-                    peer: "a local socket".into(),
-                }))
+                Ok(Box::new(Plain::new(stream, "a local socket".into())))
             }
         }
     }
@@ -123,22 +119,44 @@ impl Listener {
 struct Plain<S> {
     stream: S,
     peer: String,
+    /// By one of its handles. What had arrived could still be read otherwise.
+    cut: Arc<AtomicBool>,
+}
+
+impl<S> Plain<S> {
+    fn new(stream: S, peer: String) -> Plain<S> {
+        Plain {
+            stream,
+            peer,
+            cut: Arc::default(),
+        }
+    }
+
+    fn whole(&self) -> io::Result<()> {
+        if self.cut.load(Ordering::Relaxed) {
+            return Err(io::ErrorKind::ConnectionAborted.into());
+        }
+        Ok(())
+    }
 }
 
 macro_rules! link {
     ($stream:ty) => {
         impl Read for Plain<$stream> {
             fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+                self.whole()?;
                 self.stream.read(buf)
             }
         }
 
         impl Write for Plain<$stream> {
             fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+                self.whole()?;
                 self.stream.write(buf)
             }
 
             fn write_vectored(&mut self, bufs: &[io::IoSlice<'_>]) -> io::Result<usize> {
+                self.whole()?;
                 self.stream.write_vectored(bufs)
             }
 
@@ -152,6 +170,7 @@ macro_rules! link {
                 Ok(Box::new(Plain {
                     stream: self.stream.try_clone()?,
                     peer: self.peer.clone(),
+                    cut: Arc::clone(&self.cut),
                 }))
             }
 
@@ -161,6 +180,7 @@ macro_rules! link {
             }
 
             fn cut(&self) {
+                self.cut.store(true, Ordering::Relaxed);
                 let _ = self.stream.shutdown(Shutdown::Both);
             }
 

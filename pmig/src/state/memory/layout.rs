@@ -136,6 +136,15 @@ pub enum Step {
 }
 
 impl Layout {
+    /// Only what the kernel maps by itself.
+    pub fn of_the_kernel(&self) -> Layout {
+        let own = |v: &&Vma| matches!(v.backing, Backing::Vvar | Backing::Vdso);
+        Layout {
+            vmas: self.vmas.iter().filter(own).cloned().collect(),
+            files: Vec::new(),
+        }
+    }
+
     /// Lists the address space of a process. `known` gives files the same
     /// numbers as before.
     ///

@@ -3,10 +3,7 @@
 
 use std::os::fd::AsFd;
 
-use super::{
-    finish_outside, husk_credentials, inside, limits_of, recheck, CaptureContext, Fresh, Pcb,
-    PcbSupplies,
-};
+use super::{husk_credentials, inside, limits_of, recheck, CaptureContext, Fresh, Pcb};
 use crate::error::{Context, Error, Obstacle, Result};
 use crate::proc::stat::Stat;
 use crate::proc::status::Status;
@@ -369,21 +366,8 @@ fn restart_block(timed: &Timed, clock: ProgramClock) -> Result<abi::Restart> {
 
 const FUTEX_PRIVATE: u64 = 128;
 
-pub fn restore(
-    kmod: &Kmod,
-    husk: &mut Stopped,
-    mut batch: Batch,
-    pcb: &Pcb,
-    supplies: &PcbSupplies,
-) -> Result<Done> {
-    let Fresh { status, limits } = &supplies.fresh;
-    let pid = husk.pid();
-    let (regs, timed) = pcb.restart.with(&pcb.registers.general)?;
-    let block = timed
-        .map(|t| restart_block(t, supplies.clock))
-        .transpose()?;
-    let raw = raw_signals(&pcb.signals, block)?;
-
+pub fn restore(husk: &mut Stopped, mut batch: Batch, pcb: &Pcb, fresh: &Fresh) -> Result<Done> {
+    let Fresh { status, limits } = fresh;
     // What only the process itself can set; signals are left to the module.
     pcb.bounds.restore(&mut batch, None)?;
     pcb.attributes.restore(&mut batch)?;
@@ -393,16 +377,17 @@ pub fn restore(
         .restore(&mut batch, &husk_credentials(status))?;
     pcb.attributes.restore_late(&mut batch);
     let done = husk.run(batch)?;
+    pcb.attributes.restore_outside(husk.pid())?;
+    Ok(done)
+}
 
-    pcb.registers.restore_xstate(husk)?;
-    husk.set_sigmask(pcb.signals.mask)?;
-    husk.set_regs(&regs)?;
-    husk.settle()?;
+pub fn finish(kmod: &Kmod, pid: i32, pcb: &Pcb, clock: ProgramClock) -> Result<()> {
+    let (_, timed) = pcb.restart.with(&pcb.registers.general)?;
+    let block = timed.map(|t| restart_block(t, clock)).transpose()?;
+    let raw = raw_signals(&pcb.signals, block)?;
     let fd = pidfd::open(pid).context("open process", pid)?;
     kmod.restore(fd.as_fd(), &raw, raw.sections, None)
-        .map_err(|e| failure(pid, e))?;
-    finish_outside(pid, pcb)?;
-    Ok(done)
+        .map_err(|e| failure(pid, e))
 }
 
 fn failure(pid: i32, e: RestoreError) -> Error {

@@ -77,16 +77,8 @@ pub struct CaptureContext<'a> {
     pub clock: ProgramClock,
 }
 
-/// What the target supplies to a restore.
-#[derive(Debug, Clone)]
-pub struct PcbSupplies {
-    /// The program's clock at the target.
-    pub clock: ProgramClock,
-    /// What the husk is before.
-    pub fresh: Fresh,
-}
-
-/// What a process is that the restore begins with, looked up beforehand.
+/// What the target supplies to a restore: what the husk is before, looked up
+/// ahead of time.
 #[derive(Debug, Clone)]
 pub struct Fresh {
     status: Status,
@@ -177,10 +169,10 @@ impl Backend {
         }
     }
 
-    /// Restores a husk whose address space, descriptors and time namespace are
-    /// complete after the calls of `batch`, and which is still root then. It is
-    /// the last thing done inside it: afterwards only [`Stopped::settle`] and
-    /// [`Stopped::detach`] may follow. Returns what became of `batch`.
+    /// The first beat: all that needs nothing of the program's memory. The
+    /// husk's mappings, descriptors and time namespace are complete after the
+    /// calls of `batch`, and it is still root then. Returns what became of
+    /// `batch`.
     ///
     /// The parent-death signal is set here: it is sent when the husk's parent
     /// ends, so a husk that shall outlive the session must have been handed to
@@ -193,12 +185,34 @@ impl Backend {
         husk: &mut Stopped,
         batch: Batch,
         pcb: &Pcb,
-        supplies: &PcbSupplies,
+        fresh: &Fresh,
     ) -> Result<Done> {
         match self {
-            Backend::Ptrace => restore_by_ptrace(husk, batch, pcb, supplies),
-            Backend::Kmod(k) => kmod::restore(k, husk, batch, pcb, supplies),
+            Backend::Ptrace => restore_by_ptrace(husk, batch, pcb, fresh),
+            Backend::Kmod(_) => kmod::restore(husk, batch, pcb, fresh),
         }
+    }
+
+    /// The second beat, when its memory is complete: what the program goes on
+    /// from. It is the last thing done inside it, and settles it: afterwards
+    /// only [`Stopped::detach`] may follow. `clock` is the program's at the
+    /// target.
+    ///
+    /// # Errors
+    /// As [`Backend::restore`].
+    pub fn finish(&self, husk: &mut Stopped, pcb: &Pcb, clock: ProgramClock) -> Result<()> {
+        let regs = match self {
+            Backend::Ptrace => pcb.restart.restore(husk, &pcb.registers.general, clock)?,
+            Backend::Kmod(_) => pcb.restart.with(&pcb.registers.general)?.0,
+        };
+        pcb.registers.restore_xstate(husk)?;
+        husk.set_sigmask(pcb.signals.mask)?;
+        husk.set_regs(&regs)?;
+        husk.settle()?;
+        if let Backend::Kmod(k) = self {
+            kmod::finish(k, husk.pid(), pcb, clock)?;
+        }
+        pcb.scheduling.restore(husk.pid())
     }
 }
 
@@ -251,9 +265,9 @@ fn restore_by_ptrace(
     husk: &mut Stopped,
     mut batch: Batch,
     pcb: &Pcb,
-    supplies: &PcbSupplies,
+    fresh: &Fresh,
 ) -> Result<Done> {
-    let Fresh { status, limits } = &supplies.fresh;
+    let Fresh { status, limits } = fresh;
     pcb.bounds.restore(&mut batch, None)?;
     pcb.attributes.restore(&mut batch)?;
     pcb.areas.restore(&mut batch)?;
@@ -264,20 +278,8 @@ fn restore_by_ptrace(
         .restore(&mut batch, &husk_credentials(status))?;
     pcb.attributes.restore_late(&mut batch);
     let done = husk.run(batch)?;
-    let regs = pcb
-        .restart
-        .restore(husk, &pcb.registers.general, supplies.clock)?;
-    pcb.registers.restore_xstate(husk)?;
-    husk.set_sigmask(pcb.signals.mask)?;
-    husk.set_regs(&regs)?;
-    finish_outside(husk.pid(), pcb)?;
+    pcb.attributes.restore_outside(husk.pid())?;
     Ok(done)
-}
-
-/// What comes last with either backend.
-fn finish_outside(pid: i32, pcb: &Pcb) -> Result<()> {
-    pcb.attributes.restore_outside(pid)?;
-    pcb.scheduling.restore(pid)
 }
 
 fn husk_credentials(status: &Status) -> Credentials {

@@ -207,12 +207,10 @@ fn a_twin_gets_everything_by(backend: &Backend) {
 }
 
 fn restore_by(backend: &Backend, stopped: &mut Stopped, pcb: &Pcb) {
-    let supplies = PcbSupplies {
-        clock: ProgramClock::default(),
-        fresh: Fresh::of(stopped.pid()).unwrap(),
-    };
+    let fresh = Fresh::of(stopped.pid()).unwrap();
+    backend.restore(stopped, Batch::new(), pcb, &fresh).unwrap();
     backend
-        .restore(stopped, Batch::new(), pcb, &supplies)
+        .finish(stopped, pcb, ProgramClock::default())
         .unwrap();
 }
 

@@ -1,0 +1,60 @@
+//! A rehearsal of the freeze.
+//!
+//! What a process does for the first time is slow: its code is not in any
+//! cache, and an emulated machine has not even translated it. So before the
+//! program stops, both sides do with a small process of their own what they
+//! will do with the program: here it is captured, at the target restored. What
+//! comes of it is thrown away.
+
+use super::Run;
+use crate::error::Result;
+use crate::husk::Husk;
+use crate::image::Final;
+use crate::protocol::message::ToTarget;
+use crate::state::clock::{self, Clock};
+use crate::state::fd::FdTable;
+use crate::state::pcb::CaptureContext;
+use crate::state::restart::ProgramClock;
+
+impl Run<'_> {
+    /// Captures a process that stands in for the program, and sends it.
+    ///
+    /// # Errors
+    /// Only those of the connection: where nothing can be rehearsed, the
+    /// freeze is slower.
+    pub(super) fn rehearse(&mut self) -> Result<()> {
+        match self.capture_stand_in() {
+            Ok(last) => self.wire.send(&ToTarget::Rehearse(Box::new(last))),
+            Err(e) => {
+                tracing::debug!("no rehearsal: {e}");
+                Ok(())
+            }
+        }
+    }
+
+    fn capture_stand_in(&mut self) -> Result<Final> {
+        let mut stand_in = Husk::stand_in(&self.preview.layout)?;
+        let pid = stand_in.pid();
+        let mut watch = self.backend.watch();
+        watch.before(pid);
+        let clock = ProgramClock::default();
+        watch.stopped(stand_in.stopped(), clock)?;
+        let context = CaptureContext {
+            watch: &watch,
+            clock,
+        };
+        let pcb = self.backend.capture(stand_in.stopped(), &context)?;
+        self.signals = Some(pcb.signals.clone());
+        self.late_signals()?;
+        self.signals = None;
+        Ok(Final {
+            pcb,
+            descriptors: FdTable {
+                descriptions: Vec::new(),
+                holders: Vec::new(),
+                ..self.preview.descriptors.clone()
+            },
+            clock: Clock::capture(clock::ahead(pid)?, self.difference.value()),
+        })
+    }
+}
