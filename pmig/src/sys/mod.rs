@@ -8,6 +8,7 @@ pub mod kmod;
 pub mod limits;
 pub mod memory;
 pub mod pagemap;
+pub mod pages;
 pub mod pidfd;
 pub mod ptrace;
 pub mod runner;

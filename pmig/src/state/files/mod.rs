@@ -11,6 +11,7 @@ mod leftovers;
 mod receive;
 mod ship;
 mod sources;
+mod still;
 
 #[cfg(test)]
 mod tests;
