@@ -259,8 +259,7 @@ pub fn moves(lab: &Lab, line: &str, more: &str, quick: &[&str]) -> Result<Moved>
     program.wait_lines(a, 10)?;
     let moved = migrate(a, b, &program, &format!("--files ship {more}"), &[])?;
     moved.ok().with_context(|| line.to_owned())?;
-    let here = a.process(program.pid)?;
-    ensure!(here.is_none(), "the source still has {here:?}");
+    gone(a, program.pid)?;
     let written = program.finish(b)?;
     same(&written, &expected)?;
     let before = program.written(a)?;
@@ -269,6 +268,22 @@ pub fn moves(lab: &Lab, line: &str, more: &str, quick: &[&str]) -> Result<Moved>
         "the source's file is no beginning of the whole"
     );
     Ok(moved)
+}
+
+/// Checks that a host has a process no more; what is dead may wait for a moment
+/// to be reaped.
+///
+/// # Errors
+/// It is alive there.
+pub fn gone(host: &dyn Host, pid: u32) -> Result<()> {
+    let here = || {
+        let process = host.process(pid)?;
+        if let Some(alive) = process.as_ref().filter(|p| p.state != 'Z') {
+            bail!("{} still has {alive:?}", host.name());
+        }
+        Ok(process.is_none())
+    };
+    wait("the end of a dead process", Duration::from_secs(5), here)
 }
 
 /// Compares two outputs.

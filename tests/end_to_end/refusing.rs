@@ -2,7 +2,7 @@
 
 use anyhow::{ensure, Result};
 use lab::harness::Trial;
-use lab::scenario::{migrate, migrate_to, runs_on, unmoved, wait, Program, LIMIT};
+use lab::scenario::{gone, migrate, migrate_to, runs_on, unmoved, wait, Program, LIMIT};
 use lab::{Cmd, Lab, Make};
 use std::time::Duration;
 
@@ -98,7 +98,9 @@ pub fn trials() -> Vec<Trial> {
             let moved = migrate(lab.a(), lab.b(), &program, "--files ship", &[])?;
             moved.failed(FAILED, &[])?;
             program.wait_lines(lab.a(), 5)?;
-            ensure!(lab.b().process(program.pid)?.is_none());
+            wait("the end of what was built on b", LIMIT, || {
+                Ok(lab.b().process(program.pid)?.is_none())
+            })?;
             Ok(())
         },
     ));
@@ -199,7 +201,7 @@ fn twice(lab: &Lab) -> Result<()> {
     let (one, other) = (one?, other?);
     let went = [&one, &other].iter().filter(|m| m.status.success()).count();
     ensure!(went == 1, "{went} went: {} / {}", one.said(), other.said());
-    ensure!(lab.a().process(program.pid)?.is_none());
+    gone(lab.a(), program.pid)?;
     program.finish(lab.b()).map(drop)
 }
 
