@@ -61,7 +61,7 @@ pub fn init() -> Result<()> {
     number_from(identity.last_pid)?;
     console()?;
     println!("{READY}");
-    reap(&mut agent_command("machine-agent"), || end())
+    reap(&mut agent_command("machine-agent"), end)
 }
 
 /// Ends the machine at once, without syncing.
