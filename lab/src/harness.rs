@@ -3,9 +3,9 @@
 //! Trials on namespaces get hosts of their own; trials on machines share two,
 //! which are tidied up between them and end with the last.
 
-use crate::host::Make;
+use crate::host::{Host, Make};
 use crate::pair::{serve, tidy, Lab};
-use anyhow::{Context, Result};
+use anyhow::{bail, Context, Result};
 use std::collections::VecDeque;
 use std::fmt;
 use std::panic::{catch_unwind, AssertUnwindSafe};
@@ -173,6 +173,18 @@ fn judge(result: std::thread::Result<Result<()>>) -> Verdict {
     }
 }
 
+/// Does the same on both hosts at once: each takes its time.
+fn on_both(lab: &Lab, what: impl Fn(&dyn Host) -> Result<()> + Sync) -> Result<()> {
+    std::thread::scope(|scope| {
+        let a = scope.spawn(|| what(lab.a()));
+        let b = what(lab.b());
+        match a.join() {
+            Ok(a) => a.and(b),
+            Err(_) => bail!("a thread panicked"),
+        }
+    })
+}
+
 fn run_on(lab: &Lab, trial: &Trial) -> Verdict {
     let (over, end) = mpsc::channel::<()>();
     let verdict = std::thread::scope(|scope| {
@@ -187,8 +199,7 @@ fn run_on(lab: &Lab, trial: &Trial) -> Verdict {
         });
         let verdict = judge(catch_unwind(AssertUnwindSafe(|| {
             if trial.serves {
-                serve(lab.a(), &[]).context("start pmig serve on a")?;
-                serve(lab.b(), &[]).context("start pmig serve on b")?;
+                on_both(lab, |host| serve(host, &[]).map(drop)).context("start pmig serve")?;
             }
             (trial.body)(lab)
         })));
@@ -272,34 +283,51 @@ fn on_namespaces(trials: Vec<Trial>, results: &Mutex<Results>) {
         }
         return;
     }
+    in_parallel(trials, results, |_: &mut (), trial| match Lab::netns() {
+        Ok(lab) => run_on(&lab, trial),
+        Err(e) => Verdict::Failed(format!("{e:#}")),
+    });
+}
+
+/// Tries all, two at a time where there are processors for it; whoever tries
+/// keeps something of its own from one to the next.
+fn in_parallel<T: Default>(
+    trials: Vec<Trial>,
+    results: &Mutex<Results>,
+    one: impl Fn(&mut T, &Trial) -> Verdict + Sync,
+) {
     let queue = Mutex::new(VecDeque::from(trials));
     let workers = std::thread::available_parallelism().map_or(1, |n| n.get().clamp(1, 2));
     std::thread::scope(|scope| {
         for _ in 0..workers {
-            scope.spawn(|| loop {
-                let next = queue.lock().map(|mut queue| queue.pop_front());
-                let Ok(Some(trial)) = next else { return };
-                let start = Instant::now();
-                let verdict = match Lab::netns() {
-                    Ok(lab) => run_on(&lab, &trial),
-                    Err(e) => Verdict::Failed(format!("{e:#}")),
-                };
-                let mut results = results.lock().unwrap_or_else(PoisonError::into_inner);
-                results.add(&trial.name, start, verdict);
+            scope.spawn(|| {
+                let mut own = T::default();
+                loop {
+                    let next = queue.lock().map(|mut queue| queue.pop_front());
+                    let Ok(Some(trial)) = next else { return };
+                    let start = Instant::now();
+                    let verdict = one(&mut own, &trial);
+                    let mut results = results.lock().unwrap_or_else(PoisonError::into_inner);
+                    results.add(&trial.name, start, verdict);
+                }
             });
         }
     });
 }
 
+/// Two machines, shared by the trials of one worker: most of a trial's time is
+/// spent waiting, so that two pairs go well on two processors.
+#[derive(Default)]
+struct Pair {
+    lab: Option<Lab>,
+    /// Why there is none.
+    broken: Option<String>,
+}
+
 fn on_machines(trials: Vec<Trial>, results: &Mutex<Results>) {
-    let mut lab = None;
-    let mut broken = None;
-    for trial in trials {
-        let start = Instant::now();
-        let verdict = machines(&mut lab, &mut broken, &trial);
-        let mut results = results.lock().unwrap_or_else(PoisonError::into_inner);
-        results.add(&trial.name, start, verdict);
-    }
+    in_parallel(trials, results, |pair: &mut Pair, trial| {
+        machines(&mut pair.lab, &mut pair.broken, trial)
+    });
 }
 
 /// What a guest's kernel says when the emulator, patching its code on one
@@ -322,9 +350,7 @@ fn on_whole_machines(lab: &mut Option<Lab>, broken: &mut Option<String>, trial: 
         return Verdict::Failed(why.clone());
     }
     // Machines that a trial broke are not given to the next.
-    let whole = lab
-        .as_ref()
-        .is_some_and(|lab| tidy(lab.a()).and_then(|()| tidy(lab.b())).is_ok());
+    let whole = lab.as_ref().is_some_and(|lab| on_both(lab, tidy).is_ok());
     if !whole {
         *lab = None;
         match Lab::vm(&|what| println!("{what}")) {
