@@ -136,6 +136,8 @@ fn paced(host: &dyn Host, line: &str) -> String {
         Make::Netns => line.to_owned(),
         // Its stack is all dirty again before the link has carried it once.
         Make::Vm if line == "recursive lines=150" => format!("{line} pace_us=150000"),
+        // It must not end before all its memory has been copied.
+        Make::Vm if line.contains("late=") => format!("{line} pace_us=250000"),
         // A move takes as long as several of its waits.
         Make::Vm if line.contains("ms=700") => line.replace("ms=700", "ms=1500"),
         Make::Vm if line.contains("lines=") => format!("{line} pace_us=100000"),

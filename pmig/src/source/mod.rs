@@ -44,7 +44,7 @@ use crate::sys::memory::keep_in;
 use crate::tracee::{Ground, Stopped};
 use crate::transport::{self, Addr};
 use files::SourceFiles;
-use undo::abandon;
+use undo::{abandon, has_ended};
 
 /// How long the target may take to answer while nothing stands still.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -77,15 +77,12 @@ pub fn migrate(
     progress: &mut dyn Progress,
 ) -> std::result::Result<Summary, Failure> {
     let begun = Instant::now();
-    let never = |error| match error {
-        Error::Gone(_) => Failure {
-            error,
-            outcome: Outcome::Ended,
+    let never = |error| Failure {
+        outcome: match has_ended(pid, &error) {
+            true => Outcome::Ended,
+            false => Outcome::NeverStopped,
         },
-        error => Failure {
-            error,
-            outcome: Outcome::NeverStopped,
-        },
+        error,
     };
     let mut run = Run::hello(pid, addr, options, progress, false).map_err(never)?;
     let mut building = run.build().map_err(never)?;

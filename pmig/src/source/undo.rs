@@ -9,8 +9,19 @@ use crate::hold::{Frozen, Hold};
 use crate::journal::{Armed, Stage};
 use crate::keeper::Keeper;
 use crate::patience::patience;
+use crate::proc::status::Status;
 use crate::report::{Failure, Outcome};
 use crate::resolve::{self, Now};
+
+/// Whether a process that could not be moved has ended, which shows in many
+/// errors.
+pub(super) fn has_ended(pid: i32, error: &Error) -> bool {
+    match Status::read(pid) {
+        _ if matches!(error, Error::Gone(_)) => true,
+        Ok(status) => matches!(status.letter, 'Z' | 'X'),
+        Err(e) => matches!(e, Error::Gone(_)),
+    }
+}
 
 impl Run<'_> {
     /// Before anything is decided: lets the program go on here.
@@ -21,8 +32,9 @@ impl Run<'_> {
         since: Option<Instant>,
     ) -> Failure {
         drop(b.last.take());
-        let outcome = match (&error, since) {
-            (Error::Gone(_), _) => Outcome::Ended,
+        let ended = has_ended(self.pid, &error);
+        let outcome = match (ended, since) {
+            (true, _) => Outcome::Ended,
             (_, Some(at)) => Outcome::RunsOn {
                 stopped: at.elapsed(),
             },
