@@ -7,6 +7,7 @@ use crate::victim::{accepted, module, refused, Victim};
 use pmig::sys::kmod::{abi, Kmod, RawPcb};
 use std::fs::File;
 use std::io;
+use std::os::fd::AsRawFd;
 
 type Outcome = Result<(), String>;
 
@@ -144,8 +145,10 @@ impl Mutator {
             (bent, abi::IOC_CAPTURE)
         };
         self.bend(&mut bent, request);
+        // A bent descriptor may be that of another task, in another state.
+        let same = bent.field("pidfd") == victim.fd().as_raw_fd() as u64;
         match bent.call(&self.device, request) {
-            Ok(()) => Ok(restore),
+            Ok(()) => Ok(restore && same),
             Err(e) if known(e) => Ok(false),
             Err(e) => Err(format!("a bent call ended with errno {e}")),
         }
@@ -173,9 +176,12 @@ pub fn run(calls: u64, seed: u64) -> Outcome {
     for i in 0..calls {
         match m.random.below(10) {
             0 => {
-                let victim = &refused[m.random.below(refused.len())].victim;
-                if m.one(victim, &valid)? {
-                    return Err(format!("call {i}: a task in a bad state was restored"));
+                let refused = &refused[m.random.below(refused.len())];
+                if m.one(&refused.victim, &valid)? {
+                    let name = refused.name;
+                    return Err(format!(
+                        "call {i}: a task in a bad state was restored: {name}"
+                    ));
                 }
             }
             1 => {
@@ -183,6 +189,7 @@ pub fn run(calls: u64, seed: u64) -> Outcome {
                 restored += u64::from(m.one(&stopped[at].1, &valid)?);
                 // A bent alarm or signal may have killed it meanwhile.
                 if m.kmod.capture(stopped[at].1.fd(), abi::SEC_INFO).is_err() {
+                    drop(stopped);
                     stopped = accepted().map_err(text("victims"))?;
                 }
             }
@@ -196,6 +203,8 @@ pub fn run(calls: u64, seed: u64) -> Outcome {
                     continue;
                 }
                 deaths += 1;
+                // Before the next is born: it may have filled the machine.
+                drop(busy);
                 busy = busy_child().map_err(text("child"))?;
                 valid = m
                     .kmod

@@ -7,6 +7,7 @@ use std::fs;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -23,7 +24,8 @@ pub struct Victim {
 impl Drop for Victim {
     fn drop(&mut self) {
         let pid = nix::unistd::Pid::from_raw(self.pid);
-        let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
+        // By the descriptor: the number may be another's by now.
+        pidfd::kill(self.fd());
         if let Some(dir) = &self.cgroup {
             let _ = fs::write(dir.join("cgroup.kill"), "1");
             let _ = self.freeze(false);
@@ -39,10 +41,43 @@ impl Drop for Victim {
                 break;
             }
         }
-        if let Some(dir) = &self.cgroup {
-            let _ = fs::remove_dir(dir);
+        let Some(dir) = &self.cgroup else { return };
+        // Descendants end too, and those that it made tracees of ours are ours
+        // to reap.
+        let group = nix::unistd::Pid::from_raw(-self.pid);
+        let reap = nix::sys::wait::WaitPidFlag::WNOHANG | flags;
+        let end = Instant::now() + Duration::from_secs(5);
+        while fs::remove_dir(dir).is_err() && Instant::now() < end {
+            let _ = nix::sys::wait::waitpid(group, Some(reap));
+            let _ = fs::write(dir.join("cgroup.kill"), "1");
+            sleep(Duration::from_millis(1));
         }
     }
+}
+
+/// The cgroup of all confined children; each has one of its own below.
+fn pen() -> io::Result<PathBuf> {
+    let pen = PathBuf::from(format!("{CGROUP}/hammer-pen"));
+    if !pen.exists() {
+        fs::create_dir(&pen)?;
+        // Not memory.max: the kernel's log is not to tell of a lack of memory.
+        for (file, value) in [("memory.high", "256M"), ("cgroup.subtree_control", "+pids")] {
+            if let Err(e) = fs::write(pen.join(file), value) {
+                println!("skipped: {file}: {e}");
+            }
+        }
+    }
+    Ok(pen)
+}
+
+fn new_cell() -> io::Result<(PathBuf, OwnedFd)> {
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    let count = COUNT.fetch_add(1, Ordering::Relaxed);
+    let dir = pen()?.join(format!("{}-{count}", std::process::id()));
+    fs::create_dir(&dir)?;
+    let _ = fs::write(dir.join("pids.max"), "16");
+    let open = fs::File::open(&dir)?;
+    Ok((dir, open.into()))
 }
 
 impl Victim {
@@ -52,6 +87,18 @@ impl Victim {
             pid,
             pidfd: pidfd::open(pid)?,
             cgroup: None,
+            freezer_v1: None,
+        })
+    }
+
+    /// One that may be made to do anything at all: see [`raw::fork_confined`].
+    pub fn confined(body: impl FnOnce() -> i32) -> io::Result<Self> {
+        let (cgroup, open) = new_cell().ok().unzip();
+        let pid = raw::fork_confined(open.as_ref(), body)?;
+        Ok(Victim {
+            pid,
+            pidfd: pidfd::open(pid)?,
+            cgroup,
             freezer_v1: None,
         })
     }
@@ -97,6 +144,9 @@ impl Victim {
 
     /// Moves it into a cgroup of its own, to be frozen there.
     pub fn enter_cgroup(&mut self) -> io::Result<()> {
+        if self.cgroup.is_some() {
+            return Ok(());
+        }
         let dir = PathBuf::from(format!("{CGROUP}/hammer-{}", self.pid));
         fs::create_dir_all(&dir)?;
         fs::write(dir.join("cgroup.procs"), self.pid.to_string())?;
@@ -176,9 +226,13 @@ pub fn refused() -> io::Result<Vec<Refused>> {
     ptrace::cont_to_syscall(syscall.pid, 0)?;
     ptrace::wait(syscall.pid, Duration::from_secs(20))?;
     add("syscall-stop", syscall, libc::EPROTO);
-    let forking = Victim::new(|| loop {
-        std::thread::sleep(Duration::from_millis(1));
-        raw::exercise();
+    let forking = Victim::new(|| {
+        // It may signal itself before it is traced.
+        raw::handle(libc::SIGUSR1);
+        loop {
+            std::thread::sleep(Duration::from_millis(1));
+            raw::exercise();
+        }
     })?;
     ptrace::seize(forking.pid, libc::PTRACE_O_TRACEFORK as usize)?;
     loop {
@@ -252,16 +306,16 @@ pub fn accepted() -> io::Result<Vec<(&'static str, Victim)>> {
     let idle = || loop {
         raw::pause();
     };
-    let traced = Victim::new(idle)?;
+    let traced = Victim::confined(idle)?;
     traced.wait_state('S')?;
     traced.stop()?;
-    let group = Victim::new(idle)?;
+    let group = Victim::confined(idle)?;
     group.wait_state('S')?;
     let pid = nix::unistd::Pid::from_raw(group.pid);
     nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGSTOP)?;
     group.wait_state('T')?;
     let mut all = vec![("ptrace stop", traced), ("group stop", group)];
-    let mut frozen = Victim::new(idle)?;
+    let mut frozen = Victim::confined(idle)?;
     frozen.wait_state('S')?;
     if frozen.enter_cgroup().is_ok() {
         frozen.freeze(true)?;
