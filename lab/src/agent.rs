@@ -170,6 +170,7 @@ impl Agent {
                 Reply::Done
             }
             Request::Ps => Reply::Processes(processes()?),
+            Request::Process { pid } => Reply::Processes(process(pid).into_iter().collect()),
             Request::Clocks => Reply::Clocks(Clocks {
                 realtime: clock(ClockId::CLOCK_REALTIME)?,
                 monotonic: clock(ClockId::CLOCK_MONOTONIC)?,

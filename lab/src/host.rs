@@ -244,7 +244,10 @@ pub trait Host: Send + Sync {
     /// # Errors
     /// The host is gone.
     fn process(&self, pid: u32) -> Result<Option<Process>> {
-        Ok(self.ps()?.into_iter().find(|process| process.pid == pid))
+        match self.talk()?.tell(&Request::Process { pid })? {
+            Reply::Processes(all) => Ok(all.into_iter().next()),
+            other => bail!("a reply of another kind: {other:?}"),
+        }
     }
 
     /// The host's clocks, now.

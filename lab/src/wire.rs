@@ -125,6 +125,8 @@ pub enum Request {
     Signal { pid: i32, signal: i32 },
     /// List the processes.
     Ps,
+    /// List that process alone, if it is there.
+    Process { pid: u32 },
     /// Read the clocks.
     Clocks,
     /// End the host, at once and without syncing.
