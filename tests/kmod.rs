@@ -39,10 +39,7 @@ fn main() -> ExitCode {
     let mut trials = Vec::new();
     for (name, words) in CLAIMS {
         let body = move |lab: &Lab| watched(lab.a(), || hammer(lab.a(), words));
-        let trial = Trial::new(Make::Vm, format!("kmod::{name}"), body).bare();
-        // Minutes each on an emulated machine.
-        let long = ["mutate", "stress"].contains(&words[0]);
-        trials.push(if long { trial.long() } else { trial });
+        trials.push(Trial::new(Make::Vm, format!("kmod::{name}"), body).bare());
     }
     let name = "kmod::the_module_goes_and_comes_again";
     trials.push(Trial::new(Make::Vm, name, |lab| reload(lab.a())).bare());
