@@ -283,21 +283,22 @@ fn on_namespaces(trials: Vec<Trial>, results: &Mutex<Results>) {
         }
         return;
     }
-    in_parallel(trials, results, |_: &mut (), trial| match Lab::netns() {
+    in_parallel(2, trials, results, |_: &mut (), trial| match Lab::netns() {
         Ok(lab) => run_on(&lab, trial),
         Err(e) => Verdict::Failed(format!("{e:#}")),
     });
 }
 
-/// Tries all, two at a time where there are processors for it; whoever tries
+/// Tries all, so many at a time where there are processors for it; whoever tries
 /// keeps something of its own from one to the next.
 fn in_parallel<T: Default>(
+    workers: usize,
     trials: Vec<Trial>,
     results: &Mutex<Results>,
     one: impl Fn(&mut T, &Trial) -> Verdict + Sync,
 ) {
     let queue = Mutex::new(VecDeque::from(trials));
-    let workers = std::thread::available_parallelism().map_or(1, |n| n.get().clamp(1, 2));
+    let workers = std::thread::available_parallelism().map_or(1, |n| n.get().min(workers));
     std::thread::scope(|scope| {
         for _ in 0..workers {
             scope.spawn(|| {
@@ -324,8 +325,13 @@ struct Pair {
     broken: Option<String>,
 }
 
+/// So many trials keep two pairs of machines busy.
+const MANY: usize = 40;
+
 fn on_machines(trials: Vec<Trial>, results: &Mutex<Results>) {
-    in_parallel(trials, results, |pair: &mut Pair, trial| {
+    // A second pair takes its time to boot.
+    let pairs = if trials.len() > MANY { 2 } else { 1 };
+    in_parallel(pairs, trials, results, |pair: &mut Pair, trial| {
         machines(&mut pair.lab, &mut pair.broken, trial)
     });
 }

@@ -139,13 +139,16 @@ fn paced(host: &dyn Host, line: &str) -> String {
     match host.make() {
         Make::Netns => line.to_owned(),
         // Its stack is all dirty again before the link has carried it once.
-        Make::Vm if line == "recursive lines=150" => format!("{line} pace_us=150000"),
-        // It must not end before all its memory has been copied.
-        Make::Vm if line.contains("late=") => format!("{line} pace_us=250000"),
+        // Or all its memory has to be copied before it ends.
+        Make::Vm if line == "recursive lines=150" || line.contains("late=") => {
+            format!("{line} pace_us=250000")
+        }
+        // Nobody waits for the last of them.
+        Make::Vm if line.contains("ticks=3000") => line.replace("ticks=3000", "ticks=60000"),
         // A move takes as long as several of its waits.
         Make::Vm if line.contains("ms=700") => line.replace("ms=700", "ms=1500"),
-        Make::Vm if line.contains("lines=") => format!("{line} pace_us=100000"),
-        Make::Vm => line.replace("0.01", "0.1").replace("10000", "100000"),
+        Make::Vm if line.contains("lines=") => format!("{line} pace_us=150000"),
+        Make::Vm => line.replace("0.01", "0.15").replace("10000", "150000"),
     }
 }
 

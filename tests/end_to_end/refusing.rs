@@ -96,7 +96,10 @@ pub fn trials() -> Vec<Trial> {
             let program = Program::start(lab.a(), line)?;
             program.wait_lines(lab.a(), 5)?;
             let moved = migrate(lab.a(), lab.b(), &program, "--files ship", &[])?;
-            moved.failed(FAILED, &[])?;
+            // Seen beforehand, or when the memory is gone.
+            let code = moved.status.code();
+            ensure!([REFUSED, FAILED].contains(&code), "{}", moved.said());
+            moved.failed(code, &["memory"])?;
             program.wait_lines(lab.a(), 5)?;
             wait("the end of what was built on b", LIMIT, || {
                 Ok(lab.b().process(program.pid)?.is_none())

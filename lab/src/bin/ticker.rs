@@ -1,8 +1,9 @@
 //! Writes a line each millisecond and dirties ten pages a tick: `mode=hot`
 //! walks round 64 pages, `mode=roaming` through all of its memory.
 
-use lab::victim::{run, Args, Mix};
+use lab::victim::{hurry, run, Args, Mix};
 use std::io::Write;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -32,7 +33,12 @@ fn main() -> ExitCode {
         let begin = Instant::now();
         let mut out = std::io::stdout();
         let mut dirtied = 0;
+        let hurry = PathBuf::from(hurry(std::process::id()));
         for number in 0..ticks {
+            // Looked for rarely: it must tick.
+            if number % 512 == 511 && hurry.exists() {
+                break;
+            }
             for _ in 0..PER_TICK {
                 memory[(dirtied % round) as usize * PAGE / 8] = dirtied;
                 dirtied += 1;
