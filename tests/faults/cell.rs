@@ -5,6 +5,7 @@
 
 use super::proxy::{Act, Message, Proxy};
 use anyhow::{bail, ensure, Context, Result};
+use lab::victim::hurry;
 use lab::{Cmd, Host, Lab, Make, Status};
 use serde_json::Value;
 use std::sync::atomic::{AtomicU16, Ordering};
@@ -14,11 +15,11 @@ use tempfile::TempDir;
 
 /// How long anything may take before something is wrong.
 pub const LIMIT: Duration = Duration::from_secs(120);
-/// What is computed: longer than a move takes where everything takes longer.
+/// What is computed: longer than any of it takes, until somebody hurries it.
 fn work(make: Make) -> [&'static str; 3] {
     match make {
-        Make::Netns => ["iterative", "lines=250", "pace_us=10000"],
-        Make::Vm => ["iterative", "lines=1000", "pace_us=20000"],
+        Make::Netns => ["iterative", "lines=2000", "pace_us=10000"],
+        Make::Vm => ["iterative", "lines=2000", "pace_us=40000"],
     }
 }
 /// One migration on two hosts that it may share.
@@ -239,6 +240,9 @@ impl<'a> Cell<'a> {
         program: Program,
         within: Duration,
     ) -> Result<Option<&'a dyn Host>> {
+        for host in [self.a, self.b] {
+            host.write(&hurry(program.pid), 0o644, b"")?;
+        }
         let deadline = Instant::now() + within;
         loop {
             for host in [self.a, self.b] {
