@@ -23,7 +23,6 @@ mod store;
 mod target;
 
 use std::path::PathBuf;
-use std::sync::OnceLock;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use nix::fcntl::{Flock, FlockArg};
@@ -107,7 +106,7 @@ struct Entry {
     record: Record,
     /// The decision for the program's move, written ahead of time by who may
     /// have to take it while the program stands still.
-    prepared: OnceLock<Prepared>,
+    prepared: Option<Prepared>,
     /// None where the fate is only looked up or decided beside a live owner.
     _lock: Option<Flock<std::os::fd::OwnedFd>>,
 }
@@ -186,17 +185,23 @@ impl Entry {
         Ok(Entry {
             folder,
             record,
-            prepared: OnceLock::new(),
+            prepared: None,
             _lock: lock,
         })
     }
 
-    /// Makes ready what [`Entry::decide_as_prepared`] decides.
-    fn prepare(&self, wish: &impl Serialize) -> Result<()> {
-        let prepared = self.folder.prepare(&json(wish)?)?;
-        // Only who makes a record prepares it, once.
-        let _ = self.prepared.set(prepared);
-        Ok(())
+    /// Creates a record with what [`Entry::decide_as_prepared`] decides made ready.
+    fn create_prepared(role: Role, new: New, wish: &impl Serialize) -> Result<Entry> {
+        let mut entry = Entry::create(role, new)?;
+        match json(wish).and_then(|bytes| entry.folder.prepare(&bytes)) {
+            Ok(prepared) => entry.prepared = Some(prepared),
+            Err(e) => {
+                // Nothing has begun that anybody would have to finish.
+                let _ = entry.settle();
+                return Err(e);
+            }
+        }
+        Ok(entry)
     }
 
     /// Decides the fate, unless it is decided; whether it won.
@@ -206,7 +211,7 @@ impl Entry {
 
     /// The same, by what was written ahead of time if there is such.
     fn decide_as_prepared(&self, wish: &impl Serialize) -> Result<bool> {
-        match self.prepared.get() {
+        match &self.prepared {
             Some(prepared) => self.folder.put(prepared, "fate"),
             None => self.decide(wish),
         }
@@ -231,7 +236,7 @@ impl Entry {
         Ok(Some(Entry {
             folder,
             record,
-            prepared: OnceLock::new(),
+            prepared: None,
             _lock: lock,
         }))
     }
@@ -241,7 +246,7 @@ impl Entry {
     }
 
     fn settle(&self) -> Result<()> {
-        if let Some(prepared) = self.prepared.get() {
+        if let Some(prepared) = &self.prepared {
             self.folder.discard(prepared)?;
         }
         self.folder.decide("settled", b"{}\n").map(drop)

@@ -73,9 +73,7 @@ impl Armed {
     /// # Errors
     /// Fails where the id was used before.
     pub fn arm(new: New) -> Result<Armed> {
-        let entry = Entry::create(Role::Source, new)?;
-        entry.prepare(&State::Committing)?;
-        Ok(Armed(Arc::new(entry)))
+        Entry::create_prepared(Role::Source, new, &State::Committing).map(|e| Armed(Arc::new(e)))
     }
 
     /// Opens the record of a living migration beside its owner (for its

@@ -71,9 +71,7 @@ impl Husk {
     /// # Errors
     /// Fails where the id was used before.
     pub fn arm(new: New) -> Result<Husk> {
-        let entry = Entry::create(Role::Target, new)?;
-        entry.prepare(&State::ordered())?;
-        Ok(Husk(Arc::new(entry)))
+        Entry::create_prepared(Role::Target, new, &State::ordered()).map(|e| Husk(Arc::new(e)))
     }
 
     pub fn record(&self) -> &Record {

@@ -1,5 +1,6 @@
 //! Reading procfs and cgroupfs: bounded, and never trusted. The procfs crate
-//! parses what it knows; here stands what it lacks.
+//! parses what it knows; here stands what it lacks, and what is read while a
+//! program stands still and must not take long.
 
 pub mod cgroup;
 

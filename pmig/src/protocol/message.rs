@@ -10,11 +10,13 @@
 //!         <------------------------ Built
 //!   Files ------------------------------>      if there are new ones
 //!         <------------------------- Ship
+//!   Rehearse --------------------------->      at most once; no answer
 //!   Layout, Pages, Drops, Block, PassEnd >     any number, then
 //!   RoundEnd --------------------------->
 //!         <-------------------- RoundDone
 //!      (the program is stopped)
-//!   Layout, Pages, Drops, Block, Final ->      the rest
+//!   Files, Layout, Drops, Final -------->      all but what was written last,
+//!   Pages, Block, Complete ------------->      which comes meanwhile
 //!         <------------------------ Ready      only a thaw is left
 //!      (COMMITTING is recorded)
 //!   Commit ----------------------------->      COMMITTED is recorded, thaw

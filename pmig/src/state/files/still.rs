@@ -6,7 +6,9 @@
 //! is dirty or on the way, nothing was written to the disk since, and it still
 //! lies at the same place there. That holds for ext4, where files have one disk
 //! that counts what is written to it, and contents don't go through the
-//! journal; everywhere else nothing is known, and files are read again.
+//! journal; everywhere else nothing is known, and files are read again. (What
+//! another process writes through a shared mapping makes no page dirty before
+//! the kernel looks; nothing else shows it either.)
 
 use std::fs::{self, File};
 use std::os::fd::AsFd;
