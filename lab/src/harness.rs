@@ -363,8 +363,11 @@ fn on_whole_machines(lab: &mut Option<Lab>, broken: &mut Option<String>, trial: 
             Ok(new) => *lab = Some(new),
             Err(e) => {
                 let verdict = judge(Ok(Err(e)));
-                if let Verdict::Failed(why) = &verdict {
-                    *broken = Some(why.clone());
+                match &verdict {
+                    Verdict::Failed(why) if !why.contains(EMULATORS_FAULT) => {
+                        *broken = Some(why.clone());
+                    }
+                    _ => {}
                 }
                 return verdict;
             }

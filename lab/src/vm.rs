@@ -92,10 +92,13 @@ fn base(accel: Accel) -> Command {
 /// a processor does that by lines of its cache, the emulator byte by byte.
 const TCG_CPU: &str = "max,erms=off";
 
-/// For guests whose code is translated: that is done once for each address, so
-/// that at random ones each start of a program would begin with cold code. A
-/// processor's caches know code by where it lies in memory.
-const TCG_ARGUMENTS: &str = "norandmaps";
+/// For guests whose code is translated. That is done once for each address, so
+/// that at random ones each start of a program would begin with cold code; a
+/// processor's caches know code by where it lies in memory. And as long as
+/// the kernel changes its own code, while it boots, one processor is enough: with
+/// more the emulator now and then lets it fall over. Its first process starts
+/// the others.
+const TCG_ARGUMENTS: &str = "norandmaps maxcpus=1";
 
 const ARGUMENTS: &str = "console=ttyS0 quiet panic=-1 oops=panic mitigations=off nowatchdog \
     random.trust_cpu=on rdinit=/init net.ifnames=0";

@@ -58,10 +58,24 @@ pub fn init() -> Result<()> {
     settle(&identity)?;
     // Held until the machine ends.
     let _event = sys::hold_perf_event().context("hold a perf event")?;
+    start_processors()?;
     number_from(identity.last_pid)?;
     console()?;
     println!("{READY}");
     reap(&mut agent_command("machine-agent"), end)
+}
+
+/// Starts the processors that the kernel was told to leave for later.
+fn start_processors() -> Result<()> {
+    let directory = "/sys/devices/system/cpu";
+    for entry in fs::read_dir(directory).with_context(|| format!("read {directory}"))? {
+        // The first has no such file.
+        let online = entry?.path().join("online");
+        if online.exists() && fs::read_to_string(&online)?.trim() == "0" {
+            fs::write(&online, "1").with_context(|| format!("write {}", online.display()))?;
+        }
+    }
+    Ok(())
 }
 
 /// Ends the machine at once, without syncing.
