@@ -139,7 +139,7 @@ fn target(dir: &Path, inbox: &Inbox<Message>) -> (Vec<u8>, String) {
     assert_eq!(opened.finish(last.clone(), &opener).unwrap(), Shape::Same);
     receiver.check().unwrap();
     drop(opened);
-    receiver.commit().unwrap();
+    receiver.place().unwrap();
     receiver.sync().unwrap();
 
     let mut arrived = Watch::new(husk.pid()).unwrap().look(Beat::Stopped).unwrap();

@@ -41,14 +41,21 @@ pub fn mappings(pid: i32, name: &str) -> Result<Vec<u8>> {
 }
 
 fn read_into(pid: i32, name: &str, room: usize, limit: u64) -> Result<Vec<u8>> {
-    let path = format!("/proc/{pid}/{name}");
     let mut bytes = Vec::with_capacity(room);
-    let read = File::open(&path).and_then(|f| f.take(limit).read_to_end(&mut bytes));
-    match read {
+    match open(pid, name)?.take(limit).read_to_end(&mut bytes) {
         Ok(_) => Ok(bytes),
         Err(e) if e.raw_os_error() == Some(libc::ESRCH) => Err(Error::Gone(pid)),
+        Err(e) => Err(e).context("read", format_args!("/proc/{pid}/{name}")),
+    }
+}
+
+/// Opens `/proc/PID/NAME` for reading.
+fn open(pid: i32, name: &str) -> Result<File> {
+    let path = format!("/proc/{pid}/{name}");
+    match File::open(&path) {
+        Err(e) if e.raw_os_error() == Some(libc::ESRCH) => Err(Error::Gone(pid)),
         Err(e) if e.raw_os_error() == Some(libc::ENOENT) && !exists(pid) => Err(Error::Gone(pid)),
-        Err(e) => Err(e).context("read", path),
+        file => file.context("open", path),
     }
 }
 

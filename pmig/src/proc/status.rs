@@ -1,6 +1,9 @@
 //! `/proc/PID/status`.
 
-use crate::error::{Error, Result};
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+
+use crate::error::{Context, Error, Result};
 
 /// `/proc/PID/status` (proc_pid_status(5)): what pmig wants of it. Read while
 /// programs stand still, so it is taken apart in one go, which the procfs crate
@@ -109,6 +112,52 @@ impl Status {
     }
 }
 
+/// The signals pending for a process, asked for again and again.
+#[derive(Debug)]
+pub struct Pending {
+    pid: i32,
+    status: File,
+}
+
+impl Pending {
+    /// # Errors
+    /// [`Error::Gone`] where there is no such process; those of open(2).
+    pub fn of(pid: i32) -> Result<Pending> {
+        let status = super::open(pid, "status")?;
+        Ok(Pending { pid, status })
+    }
+
+    /// The sets of the thread and of the process now.
+    ///
+    /// # Errors
+    /// [`Error::Gone`] where the process has been reaped; [`Error::Bad`] where
+    /// the text is not a status.
+    pub fn now(&self) -> Result<[u64; 2]> {
+        let mut text = [0; 4096];
+        let n = match self.status.read_at(&mut text, 0) {
+            Err(e) if e.raw_os_error() == Some(libc::ESRCH) => return Err(Error::Gone(self.pid)),
+            n => n.context("read the status of", self.pid)?,
+        };
+        pending_in(&text[..n]).ok_or_else(|| {
+            Error::bad(
+                format!("/proc/{}/status", self.pid),
+                "it names no pending signals",
+            )
+        })
+    }
+}
+
+/// Only these two lines, and none that the program could have put into its
+/// name: the kernel escapes the ends of lines there.
+fn pending_in(text: &[u8]) -> Option<[u64; 2]> {
+    let value = |name: &[u8]| {
+        let mut lines = text.split(|b| *b == b'\n');
+        let value = lines.find_map(|l| l.strip_prefix(name))?;
+        mask(std::str::from_utf8(value).ok()?.trim_ascii())
+    };
+    Some([value(b"SigPnd:")?, value(b"ShdPnd:")?])
+}
+
 fn mask(value: &str) -> Option<u64> {
     u64::from_str_radix(value, 16).ok()
 }
@@ -174,6 +223,20 @@ mod tests {
         let s = Status::read(own.pid).unwrap();
         assert_eq!(s.pid, own.pid);
         assert!(!s.tagged_addresses && s.memory && "RSD".contains(s.letter));
+    }
+
+    #[test]
+    fn pending_signals_are_those_of_the_whole_status() {
+        let own = std::process::id() as i32;
+        let pending = Pending::of(own).unwrap();
+        assert_eq!(pending.now().unwrap(), Status::read(own).unwrap().pending);
+        assert_eq!(
+            pending_in(b"Name:\tx\nSigPnd:\t0000000000000400\nShdPnd:\t8000000000000000\n"),
+            Some([0x400, 1 << 63])
+        );
+        assert_eq!(pending_in(b"Name:\tSigPnd:\t1\nShdPnd:\t1\n"), None);
+        let gone = Pending::of(i32::MAX);
+        assert!(matches!(gone, Err(Error::Gone(_))), "{gone:?}");
     }
 
     #[test]

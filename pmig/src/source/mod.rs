@@ -27,7 +27,7 @@ use crate::laps::Laps;
 use crate::lineage;
 use crate::patience::patience;
 use crate::phase::Phase;
-use crate::proc::status::Status;
+use crate::proc::status::Pending;
 use crate::protocol::message::{Accepted, Hello, ToSource, ToTarget, MAX_RAW};
 use crate::protocol::{preface, Wire};
 use crate::report::{Event, Facts, Failure, Freeze, Outcome, Progress, Summary};
@@ -157,8 +157,8 @@ struct Run<'a> {
     buf: Vec<u8>,
     stopped_at: Option<Reading>,
     _claim: Option<Claim>,
-    /// As captured.
-    signals: Option<Signals>,
+    /// As captured, and what is pending now.
+    signals: Option<(Signals, Pending)>,
 }
 
 /// What exists from the build on, and must be undone.
@@ -439,6 +439,7 @@ impl<'a> Run<'a> {
         self.part("descriptors");
         self.send_layout(&b.tracker, &found)?;
         self.send_drops(&found)?;
+        let pending = Pending::of(self.pid)?;
         let context = CaptureContext {
             watch: &b.restart,
             clock,
@@ -448,7 +449,7 @@ impl<'a> Run<'a> {
         stopped.settle()?;
         self.part("pcb");
 
-        self.signals = Some(pcb.signals.clone());
+        self.signals = Some((pcb.signals.clone(), pending));
         self.wire
             .send(&ToTarget::Final(Box::new(Final {
                 pcb,
@@ -606,7 +607,7 @@ impl<'a> Run<'a> {
     /// Signals sent to the program since it was captured.
     fn late_signals(&self) -> Result<u64> {
         let captured = self.signals.as_ref();
-        captured.map_or(Ok(0), |s| Ok(s.arrived_since(&Status::read(self.pid)?)))
+        captured.map_or(Ok(0), |(s, pending)| Ok(s.arrived_since(pending.now()?)))
     }
 
     /// What was sent to the copy here after the commit is for the program

@@ -10,6 +10,7 @@ use super::Run;
 use crate::error::Result;
 use crate::husk::Husk;
 use crate::image::Final;
+use crate::proc::status::Pending;
 use crate::protocol::message::ToTarget;
 use crate::state::clock::{self, Clock};
 use crate::state::fd::FdTable;
@@ -44,7 +45,7 @@ impl Run<'_> {
             clock,
         };
         let pcb = self.backend.capture(stand_in.stopped(), &context)?;
-        self.signals = Some(pcb.signals.clone());
+        self.signals = Some((pcb.signals.clone(), Pending::of(pid)?));
         self.late_signals()?;
         self.signals = None;
         Ok(Final {

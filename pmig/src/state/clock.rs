@@ -1,6 +1,9 @@
 //! The clocks of a program: CLOCK_MONOTONIC and CLOCK_BOOTTIME go on without a
 //! step, in a time namespace (time_namespaces(7)).
 
+use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd};
+
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Context, Error, Result};
@@ -100,19 +103,51 @@ impl Clock {
         Reading::now().plus(self.ahead)
     }
 
-    /// Opens a time namespace with these clocks, for the husk to enter. Works
-    /// once in a process, in its main thread. Afterwards `ahead` is exact.
-    pub fn restore(&mut self) -> Result<std::fs::File> {
+    /// Sets the clocks of a time namespace, for the husk to enter then.
+    /// Afterwards `ahead` is exact.
+    pub fn restore(&mut self, namespace: &Namespace) -> Result<()> {
         let back = self.at_stop.minus(self.now());
         let coarse = coarse().wrapping_add(self.ahead.monotonic);
         let back_coarse = self.coarse.wrapping_sub(coarse);
         let monotonic = back.monotonic.max(back_coarse).max(0);
         self.ahead.monotonic = self.ahead.monotonic.wrapping_add(monotonic);
         self.ahead.boottime = self.ahead.boottime.wrapping_add(back.boottime.max(0));
-        let absolute = offsets("self")?.plus(self.ahead);
-        timens::set_offsets(absolute.monotonic as i128, absolute.boottime as i128)
-            .context("set", "the clocks of the time namespace")?;
-        timens::open().context("open", "the time namespace")
+        let absolute = namespace.own.plus(self.ahead);
+        let (monotonic, boottime) = (absolute.monotonic as i128, absolute.boottime as i128);
+        timens::set_offsets(&namespace.offsets, monotonic, boottime)
+            .context("set", "the clocks of the time namespace")
+    }
+}
+
+/// A time namespace that nobody is in yet, made ahead of the freeze.
+#[derive(Debug)]
+pub struct Namespace {
+    namespace: File,
+    offsets: File,
+    /// How far this process's clocks are ahead of the machine's.
+    own: Reading,
+}
+
+impl Namespace {
+    /// Works once in a process, in its main thread, which can have no children
+    /// from then on that are not in it.
+    ///
+    /// # Errors
+    /// Those of unshare(2) and of procfs.
+    pub fn make() -> Result<Namespace> {
+        let own = offsets("self")?;
+        timens::unshare().context("make", "a time namespace")?;
+        Ok(Namespace {
+            namespace: timens::open().context("open", "the time namespace")?,
+            offsets: timens::open_offsets().context("open", "the time namespace's offsets")?,
+            own,
+        })
+    }
+}
+
+impl AsFd for Namespace {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.namespace.as_fd()
     }
 }
 

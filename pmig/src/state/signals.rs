@@ -217,17 +217,17 @@ impl Signals {
         );
     }
 
-    /// Signals of `status` that are pending and not among those captured: sent
-    /// since. (A queued real-time signal that only lengthens its own queue is
+    /// Signals that are pending, for the thread or the process, and not among
+    /// those captured: sent since. (A queued real-time signal that only lengthens its own queue is
     /// not seen by this.)
-    pub fn arrived_since(&self, status: &Status) -> u64 {
+    pub fn arrived_since(&self, pending: [u64; 2]) -> u64 {
         let marks = |queue: &[SigInfo]| {
             queue
                 .iter()
                 .filter(|i| (1..=64).contains(&i.signal()))
                 .fold(0u64, |m, i| m | 1 << (i.signal() - 1))
         };
-        (status.pending[0] & !marks(&self.private)) | (status.pending[1] & !marks(&self.shared))
+        (pending[0] & !marks(&self.private)) | (pending[1] & !marks(&self.shared))
     }
 }
 

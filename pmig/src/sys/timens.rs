@@ -14,15 +14,19 @@ pub fn unshare() -> io::Result<()> {
     }
 }
 
-/// Sets how far its clocks are ahead of this machine's, in nanoseconds.
-/// Possible until the first process is in it.
-pub fn set_offsets(monotonic: i128, boottime: i128) -> io::Result<()> {
-    let split = |ns: i128| (ns.div_euclid(1_000_000_000), ns.rem_euclid(1_000_000_000));
-    let ((ms, mn), (bs, bn)) = (split(monotonic), split(boottime));
+/// What [`set_offsets`] writes to.
+pub fn open_offsets() -> io::Result<File> {
     OpenOptions::new()
         .write(true)
-        .open("/proc/self/timens_offsets")?
-        .write_all(format!("monotonic {ms} {mn}\nboottime {bs} {bn}\n").as_bytes())
+        .open("/proc/self/timens_offsets")
+}
+
+/// Sets how far its clocks are ahead of this machine's, in nanoseconds.
+/// Possible until the first process is in it.
+pub fn set_offsets(mut file: &File, monotonic: i128, boottime: i128) -> io::Result<()> {
+    let split = |ns: i128| (ns.div_euclid(1_000_000_000), ns.rem_euclid(1_000_000_000));
+    let ((ms, mn), (bs, bn)) = (split(monotonic), split(boottime));
+    file.write_all(format!("monotonic {ms} {mn}\nboottime {bs} {bn}\n").as_bytes())
 }
 
 /// The namespace, for setns(2).

@@ -127,8 +127,13 @@ impl TargetFiles {
         self.receiver.check()
     }
 
-    pub fn commit(&mut self) -> Result<()> {
-        self.receiver.commit()
+    pub fn place(&mut self) -> Result<()> {
+        self.receiver.place()
+    }
+
+    /// What the program's files replaced goes.
+    pub fn clear(&self) -> Result<()> {
+        self.receiver.clear()
     }
 
     /// What the program left here earlier is replaced now, or is no longer

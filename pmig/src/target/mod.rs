@@ -26,13 +26,13 @@ use crate::phase::Phase;
 use crate::policy::Policy;
 use crate::protocol::message::{Accepted, Hello, Ready, ToSource, ToTarget, MAX_RAW};
 use crate::protocol::Wire;
-use crate::state::clock::Reading;
+use crate::state::clock::{Namespace, Reading};
 use crate::state::fd::{FdTable, Opened};
 use crate::state::memory::{Kernel, Layout};
 use crate::state::pcb::{self, Backend, Fresh, MachineFacts, PcbChoice};
 use crate::state::restart::ProgramClock;
 use crate::sys::memory::keep_in;
-use crate::sys::{pidfd, timens};
+use crate::sys::pidfd;
 use crate::tracee::Batch;
 use files::TargetFiles;
 
@@ -214,6 +214,7 @@ struct Building {
     fresh: Fresh,
     /// For the rehearsal.
     stand_in: Option<Husk>,
+    time: Namespace,
     hold: Option<Hold>,
     /// The same, once it holds.
     frozen: Option<Frozen>,
@@ -265,7 +266,7 @@ impl Building {
             })?;
             let stand_in = Building::stand_in(&preview.layout);
             // From here on new children would be in it: there are none.
-            timens::unshare().context("make", "a time namespace")?;
+            let time = Namespace::make()?;
             files.create(&record)?;
             let mut mapped = BTreeMap::new();
             files.open_mapped(&preview.layout, &mut mapped)?;
@@ -275,13 +276,14 @@ impl Building {
             husk.stopped().find_way_out()?;
             let fresh = Fresh::of(pid)?;
             let descriptors = Opened::open(preview.descriptors.clone(), files.opener())?;
-            Ok((husk, fresh, stand_in, record, descriptors, mapped))
+            Ok((husk, fresh, stand_in, time, record, descriptors, mapped))
         })();
         match r {
-            Ok((husk, fresh, stand_in, record, descriptors, mapped)) => Ok(Building {
+            Ok((husk, fresh, stand_in, time, record, descriptors, mapped)) => Ok(Building {
                 husk: Some(husk),
                 fresh,
                 stand_in,
+                time,
                 frozen: None,
                 hold: Some(hold),
                 record,
@@ -402,9 +404,9 @@ impl Building {
         self.open_descriptors(descriptors)?;
         self.laps.add("files opened");
         let husk = self.husk.as_mut().ok_or_else(no_husk)?;
-        let time = clock.restore()?;
+        clock.restore(&self.time)?;
         let mut batch = Batch::new();
-        Husk::enter_time(&mut batch, time.as_fd());
+        Husk::enter_time(&mut batch, self.time.as_fd());
         let own = std::process::id() as i32;
         let installation = self.descriptors.install(own, &mut batch);
         self.laps.add("descriptors and time");
@@ -413,7 +415,7 @@ impl Building {
         let clock = ProgramClock {
             offset: clock.ahead.monotonic,
         };
-        let done = backend.restore(husk.stopped(), batch, &pcb, &self.fresh)?;
+        let done = backend.restore(husk.stopped(), batch, &pcb, &self.fresh, clock)?;
         installation.check(&done)?;
         self.laps.add("pcb");
         part(&mut times.pcb);
@@ -482,7 +484,7 @@ impl Building {
         laps.add("recorded");
         // While this lives, so do both ends of every pipe.
         drop(descriptors);
-        let placed = files.commit();
+        let placed = files.place();
         laps.add("files in place");
         let held = frozen.ok_or_else(no_husk)?;
         let running = committed.thaw(held)?;
@@ -499,6 +501,7 @@ impl Building {
             tracing::warn!("where the program came from is not noted: {e}");
         }
         pass_on_late_signals(wire, process);
+        let placed = placed.and_then(|()| files.clear());
         files.sync();
         placed?;
         committed.settle()?;

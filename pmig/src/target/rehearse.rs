@@ -38,8 +38,9 @@ impl Building {
         let mut batch = Batch::new();
         let own = std::process::id() as i32;
         let installation = self.descriptors.install(own, &mut batch);
-        let done = backend.restore(stand_in.stopped(), batch, &last.pcb, &fresh)?;
+        let clock = ProgramClock::default();
+        let done = backend.restore(stand_in.stopped(), batch, &last.pcb, &fresh, clock)?;
         installation.check(&done)?;
-        backend.finish(stand_in.stopped(), &last.pcb, ProgramClock::default())
+        backend.finish(stand_in.stopped(), &last.pcb, clock)
     }
 }

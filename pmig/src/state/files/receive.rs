@@ -229,9 +229,18 @@ impl Receiver {
     ///
     /// # Errors
     /// Where one cannot be; [`Pending::commit`] may be tried again.
-    pub fn commit(&mut self) -> Result<()> {
+    pub fn place(&mut self) -> Result<()> {
         self.keep = true;
-        self.files.iter().try_for_each(|f| f.pending.commit())
+        self.files.iter().try_for_each(|f| f.pending.place())
+    }
+
+    /// Removes what they replaced, when nobody waits for it any more: to free
+    /// the blocks of a large file takes longer than to rename it.
+    ///
+    /// # Errors
+    /// Where one cannot be removed.
+    pub fn clear(&self) -> Result<()> {
+        self.files.iter().try_for_each(|f| f.pending.clear())
     }
 
     /// From now on the journal decides what becomes of the files: they stay
@@ -330,22 +339,43 @@ impl Pending {
         }
     }
 
+    /// Puts the file in its place and removes what it replaced; can be
+    /// repeated.
+    ///
+    /// # Errors
+    /// As [`Pending::place`].
+    pub fn commit(&self) -> Result<()> {
+        self.place()?;
+        self.clear()
+    }
+
+    /// Removes what was replaced, if it still is there.
+    fn clear(&self) -> Result<()> {
+        let dir = match directory_of(&self.temporary) {
+            Err(e) if e.errno() == Some(libc::ENOENT) => return Ok(()),
+            other => other?,
+        };
+        match stamp_at(&dir, &self.temporary)? {
+            Some(old) if self.replaces(&old) => self.unlink(&dir),
+            _ => Ok(()),
+        }
+    }
+
     /// Puts the file in its place; can be repeated. What is open through the
-    /// temporary name has the final one from then on.
+    /// temporary name has the final one from then on, and what was replaced has
+    /// the temporary one.
     ///
     /// # Errors
     /// [`Error::Bad`] where something else stands there: nothing is lost, the
     /// file keeps its temporary name.
-    pub fn commit(&self) -> Result<()> {
+    fn place(&self) -> Result<()> {
         let dir = directory_of(&self.path)?;
         let there = stamp_at(&dir, &self.path)?;
         let temporary = stamp_at(&dir, &self.temporary)?;
-        if self.is_ours(&there) {
-            // Done before; what was replaced may still be there.
-            return match temporary {
-                Some(old) if self.replaces(&old) => self.unlink(&dir),
-                _ => Ok(()),
-            };
+        let replaced = temporary.is_some_and(|old| self.replaces(&old));
+        if self.is_ours(&there) || replaced {
+            // Done before, and the program may have moved it since.
+            return Ok(());
         }
         if !self.is_ours(&temporary) {
             return Err(Error::bad(&self.temporary, "was removed or replaced"));
@@ -368,7 +398,7 @@ impl Pending {
                 self.rename(&dir, RenameFlags::RENAME_EXCHANGE)
                     .context("put in place", &self.path)?;
                 match stamp_at(&dir, &self.temporary)? {
-                    Some(out) if self.replaces(&out) => self.unlink(&dir),
+                    Some(out) if self.replaces(&out) => Ok(()),
                     // Not what was approved came out: it goes back in.
                     _ => {
                         self.rename(&dir, RenameFlags::RENAME_EXCHANGE)

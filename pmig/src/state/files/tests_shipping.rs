@@ -152,8 +152,8 @@ fn a_shipped_file_comes_into_place() {
     m.receiver.check().unwrap();
     let open = File::open(&m.temporary).unwrap();
     let pending = m.receiver.pending();
-    m.receiver.commit().unwrap();
-    m.receiver.commit().unwrap();
+    m.receiver.place().unwrap();
+    m.receiver.place().unwrap();
     drop(m.receiver);
     let there = fs::metadata(p.on("copy")).unwrap();
     assert_eq!(fs::read(p.on("copy")).unwrap(), b"state");
@@ -200,7 +200,7 @@ fn a_file_that_appeared_meanwhile_is_not_overwritten() {
     m.receiver.finish(0, pass.size, pass.mtime).unwrap();
     fs::write(p.on("copy"), b"somebody's").unwrap();
     assert!(m.receiver.check().is_err());
-    let e = m.receiver.commit().unwrap_err().to_string();
+    let e = m.receiver.place().unwrap_err().to_string();
     assert!(e.contains(".pmig-"), "{e}");
     assert_eq!(fs::read(p.on("copy")).unwrap(), b"somebody's");
     assert_eq!(fs::read(&m.temporary).unwrap(), b"state");
@@ -291,7 +291,7 @@ fn there_and_back_again() {
     receiver.finish(0, 9, (1, 2)).unwrap();
     receiver.check().unwrap();
     let pending = receiver.pending();
-    receiver.commit().unwrap();
+    receiver.place().unwrap();
     pending[0].commit().unwrap();
     assert_eq!(fs::read(p.on("data")).unwrap(), b"new state");
     assert_eq!(p.names(), ["data", "ledger"]);
@@ -318,7 +318,7 @@ fn a_leftover_somebody_changed_is_kept() {
     std::thread::sleep(Duration::from_millis(20));
     fs::write(p.on("data"), b"my  notes").unwrap();
     assert!(receiver.check().is_err());
-    assert!(receiver.commit().is_err());
+    assert!(receiver.place().is_err());
     assert_eq!(fs::read(p.on("data")).unwrap(), b"my  notes");
     receiver.pending()[0].abort().unwrap();
     assert_eq!(p.names(), ["data"]);

@@ -169,10 +169,10 @@ impl Backend {
         }
     }
 
-    /// The first beat: all that needs nothing of the program's memory. The
-    /// husk's mappings, descriptors and time namespace are complete after the
-    /// calls of `batch`, and it is still root then. Returns what became of
-    /// `batch`.
+    /// The first beat: all that needs nothing of the program's memory, while
+    /// that is on its way. The husk's mappings, descriptors and time namespace
+    /// are complete after the calls of `batch`, and it is still root then.
+    /// Returns what became of `batch`. `clock` is the program's at the target.
     ///
     /// The parent-death signal is set here: it is sent when the husk's parent
     /// ends, so a husk that shall outlive the session must have been handed to
@@ -186,33 +186,50 @@ impl Backend {
         batch: Batch,
         pcb: &Pcb,
         fresh: &Fresh,
+        clock: ProgramClock,
     ) -> Result<Done> {
-        match self {
-            Backend::Ptrace => restore_by_ptrace(husk, batch, pcb, fresh),
-            Backend::Kmod(_) => kmod::restore(husk, batch, pcb, fresh),
+        let done = match self {
+            Backend::Ptrace => restore_by_ptrace(husk, batch, pcb, fresh)?,
+            Backend::Kmod(_) => kmod::restore(husk, batch, pcb, fresh)?,
+        };
+        pcb.registers.restore_xstate(husk)?;
+        if !self.needs_memory(pcb) {
+            self.set_going(husk, pcb, clock)?;
         }
+        Ok(done)
     }
 
-    /// The second beat, when its memory is complete: what the program goes on
-    /// from. It is the last thing done inside it, and settles it: afterwards
-    /// only [`Stopped::detach`] may follow. `clock` is the program's at the
-    /// target.
+    /// The second beat, when its memory is complete: all that is left.
+    /// Afterwards only [`Stopped::detach`] may follow.
     ///
     /// # Errors
     /// As [`Backend::restore`].
     pub fn finish(&self, husk: &mut Stopped, pcb: &Pcb, clock: ProgramClock) -> Result<()> {
+        if self.needs_memory(pcb) {
+            self.set_going(husk, pcb, clock)?;
+        }
+        pcb.scheduling.restore(husk.pid())
+    }
+
+    /// Whether the call that the program is in has to be made anew for it, with
+    /// arguments that lie in its memory.
+    fn needs_memory(&self, pcb: &Pcb) -> bool {
+        matches!(self, Backend::Ptrace) && pcb.restart.reads_memory()
+    }
+
+    /// What the program goes on from: the last thing done inside it.
+    fn set_going(&self, husk: &mut Stopped, pcb: &Pcb, clock: ProgramClock) -> Result<()> {
         let regs = match self {
             Backend::Ptrace => pcb.restart.restore(husk, &pcb.registers.general, clock)?,
             Backend::Kmod(_) => pcb.restart.with(&pcb.registers.general)?.0,
         };
-        pcb.registers.restore_xstate(husk)?;
         husk.set_sigmask(pcb.signals.mask)?;
         husk.set_regs(&regs)?;
         husk.settle()?;
-        if let Backend::Kmod(k) = self {
-            kmod::finish(k, husk.pid(), pcb, clock)?;
+        match self {
+            Backend::Ptrace => Ok(()),
+            Backend::Kmod(k) => kmod::finish(k, husk.pid(), pcb, clock),
         }
-        pcb.scheduling.restore(husk.pid())
     }
 }
 

@@ -208,7 +208,9 @@ fn a_twin_gets_everything_by(backend: &Backend) {
 
 fn restore_by(backend: &Backend, stopped: &mut Stopped, pcb: &Pcb) {
     let fresh = Fresh::of(stopped.pid()).unwrap();
-    backend.restore(stopped, Batch::new(), pcb, &fresh).unwrap();
+    backend
+        .restore(stopped, Batch::new(), pcb, &fresh, ProgramClock::default())
+        .unwrap();
     backend
         .finish(stopped, pcb, ProgramClock::default())
         .unwrap();

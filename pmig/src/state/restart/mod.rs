@@ -205,6 +205,16 @@ impl Restart {
         }
     }
 
+    /// Whether [`Restart::restore`] has the kernel look at what the program's
+    /// arguments point to: of a sleep it looks only at the time that is left,
+    /// which is ours.
+    pub(in crate::state) fn reads_memory(&self) -> bool {
+        match self {
+            Restart::Timed(t) => !matches!(t.call, NANOSLEEP | CLOCK_NANOSLEEP),
+            Restart::Registers | Restart::Again(_) => false,
+        }
+    }
+
     /// Puts everything in place so that the program goes on where it was:
     /// returns the registers it is to have. Nothing more may be done inside
     /// the process after it.
