@@ -420,14 +420,14 @@ impl Vm {
         &self.machine
     }
 
-    /// A free port of the machine, kept from others by a lock on a file.
-    fn port(&self) -> Option<(PathBuf, Flock<File>)> {
-        (0..PORTS).find_map(|port| {
-            let socket = self.machine.file(&port.to_string());
+    /// A free port of the machine, from that number on, kept from others by a
+    /// lock on a file.
+    fn port(&self, from: usize) -> Option<(usize, Flock<File>)> {
+        (from..from + PORTS).map(|n| n % PORTS).find_map(|port| {
             let path = self.machine.file(&format!("{port}.lock"));
             let file = File::create(path).ok()?;
             let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock).ok()?;
-            Some((socket, lock))
+            Some((port, lock))
         })
     }
 }
@@ -442,14 +442,17 @@ impl Host for Vm {
     }
 
     fn session(&self, deadline: Instant) -> Result<Session> {
+        let mut from = 0;
         loop {
             ensure!(self.owner().alive(), "{} does not run", self.name());
-            if let Some((socket, port)) = self.port() {
+            if let Some((port, lock)) = self.port(from) {
+                let socket = self.machine.file(&port.to_string());
                 let soon = (Instant::now() + Duration::from_secs(3)).min(deadline);
-                match Session::open(&socket, Some(port), soon) {
+                match Session::open(&socket, Some(lock), soon) {
                     Ok(session) => return Ok(session),
                     Err(e) if Instant::now() >= deadline => return Err(e),
-                    Err(_) => {}
+                    // Its last conversation may not be over inside.
+                    Err(_) => from = port + 1,
                 }
             } else if Instant::now() >= deadline {
                 bail!("all {PORTS} ports of {} are in use", self.name());

@@ -37,6 +37,7 @@ const CLAIMS: &[Claim] = &[
         samples::install(lab.b())?;
         moves(lab, "closures.pl 150 0.01", pcb, &["2=0"]).map(drop)
     }),
+    ("a_program_at_random_addresses_moves", at_random_addresses),
     (
         "static_dynamic_pie_and_fixed_programs_move",
         every_kind_of_linking,
@@ -109,6 +110,28 @@ pub fn trials() -> Vec<Trial> {
 
 fn run(lab: &Lab, more: &str, line: &str) -> Result<()> {
     moves(lab, line, more, QUICK).map(drop)
+}
+
+/// Emulated machines give out the same addresses again and again, for speed.
+fn at_random_addresses(lab: &Lab, more: &str) -> Result<()> {
+    const SETTING: &str = "/proc/sys/kernel/randomize_va_space";
+    let set = |value: &str| -> Result<()> {
+        if lab.make() == Make::Vm {
+            lab.a().sh(&format!("echo {value} > {SETTING}"))?;
+            lab.b().sh(&format!("echo {value} > {SETTING}"))?;
+        }
+        Ok(())
+    };
+    let usual = lab.a().sh(&format!("cat {SETTING}"))?;
+    set("2")?;
+    let stack = || lab.a().sh("grep -F '[stack]' /proc/self/maps");
+    let random = stack()? != stack()?;
+    let moved = match random {
+        true => run(lab, more, "recursive lines=60"),
+        false => Err(CannotHere("this machine gives out no random addresses".into()).into()),
+    };
+    set(usual.trim())?;
+    moved
 }
 
 fn every_kind_of_linking(lab: &Lab, more: &str) -> Result<()> {

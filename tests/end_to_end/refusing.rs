@@ -34,7 +34,7 @@ const CLAIMS: &[Claim] = &[
         python(lab, "m = mmap.mmap(-1, 8192)", &["shared"])
     }),
     ("a_pipe_to_another_process_is_refused_by_name", |lab| {
-        let line = "sh -c 'python3 -c \"import time; time.sleep(60)\" | sleep 60' &
+        let line = "sh -c 'python3 -c \"import time; time.sleep(60)\" | sleep 60' >/dev/null 2>&1 &
             sleep 1; pgrep -f time.sleep -n";
         let pid = lab.a().sh(line)?.trim().parse()?;
         refused(lab, pid, &["pipe"])

@@ -10,6 +10,8 @@ use crate::transport::Link;
 /// The longest serialised message either side accepts, in bytes. Page and file
 /// contents do not count: they follow their message raw.
 pub const MAX_MESSAGE: usize = 16 << 20;
+/// Most are shorter than this, in bytes, and read at once.
+const USUAL_MESSAGE: usize = 64 << 10;
 
 const CONFIG: bincode::config::Configuration<
     bincode::config::LittleEndian,
@@ -112,8 +114,9 @@ impl Wire {
                 format!("{len} bytes are announced, at most {MAX_MESSAGE} are taken"),
             ));
         }
-        // Grown as bytes arrive: an announced length alone costs no memory.
-        let mut body = Vec::new();
+        // Beyond that grown as bytes arrive: an announced length alone costs no
+        // memory.
+        let mut body = Vec::with_capacity(len.min(USUAL_MESSAGE));
         let got = (&mut *self.link)
             .take(len as u64)
             .read_to_end(&mut body)

@@ -471,6 +471,12 @@ impl<'a> Run<'a> {
             .send(&ToTarget::Complete(shipped))
             .map_err(|e| self.better(e))?;
         self.part("files");
+        // All is on its way: what stands still can be looked at meanwhile.
+        let obstacles = pcb::look_again(self.pid)?;
+        if !obstacles.is_empty() {
+            return Err(Error::Refused(obstacles));
+        }
+        self.part("check");
 
         let hold = b
             .hold

@@ -14,7 +14,7 @@ use crate::proc::status::Pending;
 use crate::protocol::message::ToTarget;
 use crate::state::clock::{self, Clock};
 use crate::state::fd::FdTable;
-use crate::state::pcb::CaptureContext;
+use crate::state::pcb::{self, CaptureContext};
 use crate::state::restart::ProgramClock;
 
 impl Run<'_> {
@@ -48,6 +48,7 @@ impl Run<'_> {
         self.signals = Some((pcb.signals.clone(), Pending::of(pid)?));
         self.late_signals()?;
         self.signals = None;
+        pcb::look_again(pid)?;
         Ok(Final {
             pcb,
             descriptors: FdTable {

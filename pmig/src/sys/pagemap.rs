@@ -48,6 +48,8 @@ struct Arg {
 const PAGEMAP_SCAN: u64 = 0xc060_6610;
 /// Write-protect what is found.
 const WP_MATCHING: u64 = 1;
+/// Fail where the pages of a mapping are not followed.
+const CHECK_WPASYNC: u64 = 2;
 
 /// What to look for.
 #[derive(Debug, Clone, Copy, Default)]
@@ -60,6 +62,9 @@ pub struct Query {
     pub tell: u64,
     /// Whether to write-protect them in the same step.
     pub protect: bool,
+    /// Whether all mappings in the range must be followed by an asynchronous
+    /// userfaultfd; EPERM where one is not.
+    pub followed: bool,
 }
 
 /// Calls `found` for each run of pages in `start..end` that match.
@@ -75,7 +80,8 @@ pub fn scan(
     while at < end {
         let mut arg = Arg {
             size: size_of::<Arg>() as u64,
-            flags: if query.protect { WP_MATCHING } else { 0 },
+            flags: if query.protect { WP_MATCHING } else { 0 }
+                | if query.followed { CHECK_WPASYNC } else { 0 },
             start: at,
             end,
             vec: regions.as_mut_ptr() as u64,

@@ -240,7 +240,9 @@ impl Receiver {
     /// # Errors
     /// Where one cannot be removed.
     pub fn clear(&self) -> Result<()> {
-        self.files.iter().try_for_each(|f| f.pending.clear())
+        self.files
+            .iter()
+            .try_for_each(|f| f.pending.clear().map(drop))
     }
 
     /// From now on the journal decides what becomes of the files: they stay
@@ -345,19 +347,23 @@ impl Pending {
     /// # Errors
     /// As [`Pending::place`].
     pub fn commit(&self) -> Result<()> {
-        self.place()?;
-        self.clear()
+        if !self.clear()? {
+            self.place()?;
+            self.clear()?;
+        }
+        Ok(())
     }
 
-    /// Removes what was replaced, if it still is there.
-    fn clear(&self) -> Result<()> {
+    /// Removes what was replaced, if it still is there: then the file was in
+    /// its place once, from where the program may have moved it since.
+    fn clear(&self) -> Result<bool> {
         let dir = match directory_of(&self.temporary) {
-            Err(e) if e.errno() == Some(libc::ENOENT) => return Ok(()),
+            Err(e) if e.errno() == Some(libc::ENOENT) => return Ok(false),
             other => other?,
         };
         match stamp_at(&dir, &self.temporary)? {
-            Some(old) if self.replaces(&old) => self.unlink(&dir),
-            _ => Ok(()),
+            Some(old) if self.replaces(&old) => self.unlink(&dir).map(|()| true),
+            _ => Ok(false),
         }
     }
 
@@ -372,10 +378,8 @@ impl Pending {
         let dir = directory_of(&self.path)?;
         let there = stamp_at(&dir, &self.path)?;
         let temporary = stamp_at(&dir, &self.temporary)?;
-        let replaced = temporary.is_some_and(|old| self.replaces(&old));
-        if self.is_ours(&there) || replaced {
-            // Done before, and the program may have moved it since.
-            return Ok(());
+        if self.is_ours(&there) {
+            return Ok(()); // done before
         }
         if !self.is_ours(&temporary) {
             return Err(Error::bad(&self.temporary, "was removed or replaced"));

@@ -352,3 +352,26 @@ fn an_interrupted_exchange_is_finished() {
     assert_eq!(fs::read(p.on("data")).unwrap(), b"new");
     assert_eq!(p.names(), ["data"]);
 }
+
+#[test]
+fn what_was_replaced_goes_though_the_program_moved_its_file() {
+    let p = Place::new();
+    fs::write(p.on("data"), b"old state").unwrap();
+    let left = Stamp::of(Pinned::by_path(&p.path("data")).unwrap().stat());
+    let file = File::open(p.on("data")).unwrap();
+    let set = described(&[(&file, &p.path("data"), Use::Written)]);
+    let mut receiver = Receiver::new(Id::random().unwrap(), 1 << 20);
+    receiver
+        .create(&set.files[0], Some(left), &mut p.opener())
+        .unwrap();
+    receiver.write(0, 0, b"new state").unwrap();
+    receiver.finish(0, 9, (1, 2)).unwrap();
+    receiver.place().unwrap();
+    // It runs from here on, and whoever held the receiver dies.
+    fs::rename(p.on("data"), p.on("data.1")).unwrap();
+    let pending = receiver.pending();
+    drop(receiver);
+    pending[0].commit().unwrap();
+    assert_eq!(p.names(), ["data.1"]);
+    assert_eq!(fs::read(p.on("data.1")).unwrap(), b"new state");
+}

@@ -18,7 +18,7 @@ use super::ranges::Ranges;
 use crate::error::{Context, Error, Obstacle, Result};
 use crate::proc;
 use crate::proc::smaps::{self, Mapping};
-use crate::sys::pagemap::{category, scan, Query};
+use crate::sys::pagemap::{category, scan, Query, Region};
 use crate::sys::{pidfd, uffd};
 use crate::tracee::{Batch, Stopped};
 
@@ -151,38 +151,87 @@ impl Tracker {
     /// would go unseen.
     pub fn last_look(&mut self) -> Result<Found> {
         let resident: u64 = self.seen.iter().map(|m| m.resident).sum();
-        let (mut found, renewed) = if resident > QUICKLY_WALKED && self.is_unchanged()? {
-            self.layout.vmas.iter_mut().for_each(|v| v.fresh = false);
-            Default::default()
-        } else {
-            self.list()?
+        let quick = match resident > QUICKLY_WALKED && self.is_unchanged()? {
+            true => self.look_at_the_same()?,
+            false => None,
         };
-        let vmas = self.layout.vmas.clone();
-        for vma in vmas.iter().filter(|v| v.is_private()) {
-            self.scan(vma, &renewed, false, &mut found)?;
-        }
+        let mut found = match quick {
+            Some(found) => found,
+            None => {
+                let (mut found, renewed) = self.list()?;
+                let vmas = self.layout.vmas.clone();
+                for vma in vmas.iter().filter(|v| v.is_private()) {
+                    self.scan(vma, &renewed, false, &mut found)?;
+                }
+                found
+            }
+        };
         self.settle_owed(&mut found);
         Ok(found)
     }
 
     /// Whether no mapping has come, gone or changed since the last look, as far
-    /// as can be seen without a walk through all pages.
+    /// as its line tells.
     fn is_unchanged(&self) -> Result<bool> {
         self.same_space()?;
         let now = smaps::parse(&proc::mappings(self.pid, "maps")?)?;
         let same =
             now.len() == self.seen.len() && now.iter().zip(&self.seen).all(|(a, b)| a.same_line(b));
-        if !same {
-            return Ok(false);
-        }
-        for vma in self.layout.vmas.iter().filter(|v| v.is_private()) {
-            // One that was unmapped and mapped again at the same place is
-            // watched no longer.
-            if !self.watched.contains(&vma.start) || !self.is_watched(vma)? {
-                return Ok(false);
+        let mut private = self.layout.vmas.iter().filter(|v| v.is_private());
+        Ok(same && private.all(|v| self.watched.contains(&v.start)))
+    }
+
+    /// Looks where all mappings have the lines that they had. `None` where one
+    /// was unmapped and mapped again at the same place: it is watched no
+    /// longer.
+    fn look_at_the_same(&mut self) -> Result<Option<Found>> {
+        let mut written = Vec::new();
+        for stretch in self.stretches() {
+            let query = Query {
+                all: category::WRITTEN,
+                tell: category::WRITTEN,
+                followed: true,
+                ..Query::default()
+            };
+            let run = |r: Region| written.push(r.start..r.end);
+            match scan(&self.pagemap, stretch.start, stretch.end, query, run) {
+                Err(e) if e.raw_os_error() == Some(libc::EPERM) => return Ok(None),
+                r => r.context("scan the pages of", self.pid)?,
             }
         }
-        Ok(true)
+        let sparse = |v: &&Vma| v.is_private() && !self.is_dense(v);
+        let sparse: Vec<Vma> = self.layout.vmas.iter().filter(sparse).cloned().collect();
+        for vma in &sparse {
+            if !self.is_watched(vma)? {
+                return Ok(None);
+            }
+        }
+        self.layout.vmas.iter_mut().for_each(|v| v.fresh = false);
+        let mut found = Found::default();
+        for r in written {
+            self.categorise(r, &mut found)?;
+        }
+        for vma in &sparse {
+            self.scan(vma, &Ranges::default(), false, &mut found)?;
+        }
+        Ok(Some(found))
+    }
+
+    /// Where private, dense mappings follow one another, with nothing but holes
+    /// between them.
+    fn stretches(&self) -> Vec<Range<u64>> {
+        let mut all: Vec<Range<u64>> = Vec::new();
+        let mut goes_on = false;
+        for vma in &self.layout.vmas {
+            let dense = vma.is_private() && self.is_dense(vma);
+            match all.last_mut() {
+                Some(last) if dense && goes_on => last.end = vma.end,
+                _ if dense => all.push(vma.range()),
+                _ => {}
+            }
+            goes_on = dense;
+        }
+        all
     }
 
     fn is_watched(&self, vma: &Vma) -> Result<bool> {
@@ -288,6 +337,7 @@ impl Tracker {
                     any: THERE,
                     tell: ALL,
                     protect,
+                    ..Query::default()
                 };
                 self.pagemap_scan(part.clone(), query, |r| runs.push(r))?;
                 for (r, what) in runs {
@@ -465,4 +515,148 @@ fn without(r: Range<u64>, parts: &[Range<u64>]) -> Vec<Range<u64>> {
     }
     push(&mut rest, at..r.end.max(at));
     rest
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{BufRead, BufReader, Write};
+    use std::process::{Child, ChildStdout, Command, Stdio};
+
+    const LEN: u64 = 16 << 20;
+    /// Fills so much memory with mappings that nothing can be joined to, and does
+    /// with it what it is told.
+    const PROGRAM: &str = r#"
+import ctypes, sys
+c = ctypes.CDLL(None)
+c.mmap.restype = ctypes.c_void_p
+c.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t] + 3 * [ctypes.c_int] + [ctypes.c_long]
+size = 16 << 20
+at = c.mmap(None, size + 8192, 0, 0x22, -1, 0) + 4096
+fresh = lambda: c.mmap(at, size, 3, 0x32, -1, 0)
+fresh()
+ctypes.memset(at, 7, size)
+print(at, flush=True)
+for line in sys.stdin:
+    if line == "map\n":
+        fresh()
+    ctypes.memset(at + 5 * 4096, 9, 1)
+    print("done", flush=True)
+"#;
+
+    struct Program(Child, BufReader<ChildStdout>);
+
+    impl Program {
+        fn start() -> (Program, Range<u64>) {
+            let mut child = Command::new("python3")
+                .args(["-c", PROGRAM])
+                .stdin(Stdio::piped())
+                .stdout(Stdio::piped())
+                .spawn()
+                .unwrap();
+            let out = BufReader::new(child.stdout.take().unwrap());
+            let mut program = Program(child, out);
+            let at: u64 = program.says().parse().unwrap();
+            (program, at..at + LEN)
+        }
+
+        fn says(&mut self) -> String {
+            let mut line = String::new();
+            self.1.read_line(&mut line).unwrap();
+            line.trim().into()
+        }
+
+        fn does(&mut self, what: &str) {
+            let stdin = self.0.stdin.as_mut().unwrap();
+            writeln!(stdin, "{what}").unwrap();
+            assert_eq!(self.says(), "done");
+        }
+
+        /// With all that it has counted as sent.
+        fn followed(&self) -> Option<Tracker> {
+            let mut stopped = Stopped::seize(self.0.id() as i32).unwrap();
+            let mut tracker = Tracker::attach(&mut stopped).unwrap();
+            stopped.detach().unwrap();
+            for _ in 0..2 {
+                let found = tracker.look().unwrap();
+                found.pages.into_iter().for_each(|r| tracker.mark_sent(r));
+            }
+            tracker.tracks().then_some(tracker)
+        }
+
+        fn last_look(&self, tracker: &mut Tracker) -> Found {
+            let stopped = Stopped::seize(self.0.id() as i32).unwrap();
+            let found = tracker.last_look().unwrap();
+            stopped.detach().unwrap();
+            found
+        }
+    }
+
+    impl Drop for Program {
+        fn drop(&mut self) {
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
+    }
+
+    fn within(runs: &[Range<u64>], area: &Range<u64>) -> u64 {
+        let part = |r: &Range<u64>| r.end.min(area.end).saturating_sub(r.start.max(area.start));
+        runs.iter().map(part).sum()
+    }
+
+    #[test]
+    fn the_last_look_finds_what_was_written() {
+        let (mut program, area) = Program::start();
+        let Some(mut tracker) = program.followed() else {
+            eprintln!("skipped: this kernel does not track writes");
+            return;
+        };
+        program.does("write");
+        let found = program.last_look(&mut tracker);
+        assert!(found.steps.is_empty());
+        assert_eq!(within(&found.pages, &area), PAGE);
+        assert_eq!(within(&found.drops, &area), 0);
+    }
+
+    #[test]
+    fn the_last_look_finds_what_was_mapped_again_at_the_same_place() {
+        let (mut program, area) = Program::start();
+        let Some(mut tracker) = program.followed() else {
+            eprintln!("skipped: this kernel does not track writes");
+            return;
+        };
+        program.does("map");
+        let found = program.last_look(&mut tracker);
+        let page = area.start + 5 * PAGE..area.start + 6 * PAGE;
+        assert_eq!(within(&found.pages, &page), PAGE);
+        // The husk maps it anew as well, or is told page by page.
+        let mapped = |s: &Step| matches!(s, Step::Map(v) if v.start == area.start);
+        let gone = LEN - within(&found.pages, &area);
+        assert!(
+            found.steps.iter().any(mapped) || within(&found.drops, &area) == gone,
+            "{found:?}"
+        );
+    }
+
+    #[test]
+    fn stretches_end_where_something_else_is_mapped() {
+        let (program, area) = Program::start();
+        let Some(tracker) = program.followed() else {
+            eprintln!("skipped: this kernel does not track writes");
+            return;
+        };
+        let stretches = tracker.stretches();
+        assert!(stretches
+            .iter()
+            .any(|r| r.start <= area.start && area.end <= r.end));
+        for vma in &tracker.layout.vmas {
+            let inside = |r: &Range<u64>| r.start < vma.end && vma.start < r.end;
+            let covered = stretches.iter().any(inside);
+            assert_eq!(
+                covered,
+                vma.is_private() && tracker.is_dense(vma),
+                "{vma:?}"
+            );
+        }
+    }
 }

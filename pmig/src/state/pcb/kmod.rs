@@ -107,7 +107,7 @@ pub fn capture(kmod: &Kmod, stopped: &mut Stopped, context: &CaptureContext) -> 
     let pid = stopped.pid();
     let raw = raw_capture(kmod, stopped)?;
     let status = Status::read(pid)?;
-    let mut obstacles = recheck(stopped, &status)?;
+    let mut obstacles = recheck(stopped, &status);
     obstacles.extend(refusals(&raw));
     let scheduling = Scheduling::capture(pid)?;
     obstacles.extend(scheduling.obstacles());

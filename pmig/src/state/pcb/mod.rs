@@ -14,7 +14,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 pub use machine::{fits, MachineFacts};
-pub use preflight::{limits_of, needs, preflight, recheck, Needs};
+pub use preflight::{limits_of, look_again, needs, preflight, recheck, Needs};
 
 use super::attributes::Attributes;
 use super::bounds::Bounds;
@@ -157,7 +157,7 @@ impl Backend {
     }
 
     /// Captures a stopped process. What cannot be carried and has appeared
-    /// since the preflight is found here.
+    /// since the preflight is found here, or by [`look_again`].
     ///
     /// # Errors
     /// [`Error::Refused`] with every obstacle; [`Error::Gone`]; those of
@@ -236,7 +236,7 @@ impl Backend {
 fn capture_by_ptrace(stopped: &mut Stopped, context: &CaptureContext) -> Result<Pcb> {
     let pid = stopped.pid();
     let status = Status::read(pid)?;
-    let mut obstacles = recheck(stopped, &status)?;
+    let mut obstacles = recheck(stopped, &status);
 
     let mut batch = Batch::new();
     let refusals = inside::ask(&mut batch);

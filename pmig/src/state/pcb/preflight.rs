@@ -92,22 +92,21 @@ pub fn preflight(pid: i32) -> Result<Vec<Obstacle>> {
             "only 64-bit programs are carried",
         ));
     }
-    all.extend(shared_checks(&status)?);
+    all.extend(in_status(&status));
+    all.extend(beside(pid, status.threads)?);
     all.extend(Scheduling::capture(pid)?.obstacles());
     all.extend(memory_nodes(pid)?);
     Ok(all)
 }
 
 /// The same at the freeze, where a tracer is pmig itself: what may have
-/// appeared since, and what only a tracer sees.
-///
-/// # Errors
-/// [`Error::Gone`]; those of procfs and ptrace.
-pub fn recheck(stopped: &Stopped, status: &Status) -> Result<Vec<Obstacle>> {
+/// appeared since, and what only a tracer sees. All that a capture relies on;
+/// the rest is left to [`look_again`].
+pub fn recheck(stopped: &Stopped, status: &Status) -> Vec<Obstacle> {
     let pid = stopped.pid();
     let mut all = states(status);
     if !all.is_empty() {
-        return Ok(all);
+        return all;
     }
     if stopped.regs().cs != USER_CS {
         all.push(Obstacle::new(
@@ -125,8 +124,17 @@ pub fn recheck(stopped: &Stopped, status: &Status) -> Result<Vec<Obstacle>> {
             "",
         ));
     }
-    all.extend(shared_checks(status)?);
-    Ok(all)
+    all.extend(in_status(status));
+    all
+}
+
+/// What else may have appeared until the process was stopped. It stays as it is
+/// while that stands still, so this can wait until nobody waits for it.
+///
+/// # Errors
+/// [`Error::Gone`]; those of procfs.
+pub fn look_again(pid: i32) -> Result<Vec<Obstacle>> {
+    beside(pid, 1)
 }
 
 fn states(status: &Status) -> Vec<Obstacle> {
@@ -148,8 +156,8 @@ fn states(status: &Status) -> Vec<Obstacle> {
     all
 }
 
-fn shared_checks(status: &Status) -> Result<Vec<Obstacle>> {
-    let pid = status.pid;
+/// What its status tells.
+fn in_status(status: &Status) -> Vec<Obstacle> {
     let mut all = Vec::new();
     if status.threads != 1 {
         all.push(Obstacle::new(
@@ -159,19 +167,6 @@ fn shared_checks(status: &Status) -> Result<Vec<Obstacle>> {
                 status.threads
             ),
             "",
-        ));
-    }
-    let children = match status.threads {
-        1 => children_of(pid, pid)?,
-        _ => children(pid)?,
-    };
-    if !children.is_empty() {
-        let list: Vec<String> = children.iter().take(8).map(i32::to_string).collect();
-        let more = if children.len() > 8 { ", ..." } else { "" };
-        all.push(Obstacle::new(
-            "children",
-            format!("the process has children: {}{more}", list.join(", ")),
-            "wait until they have ended and were waited for",
         ));
     }
     if status.seccomp != 0 {
@@ -193,6 +188,25 @@ fn shared_checks(status: &Status) -> Result<Vec<Obstacle>> {
             "tagged addresses",
             "linear address masking is on and is not carried",
             "",
+        ));
+    }
+    all
+}
+
+/// What other files tell of it.
+fn beside(pid: i32, threads: u64) -> Result<Vec<Obstacle>> {
+    let mut all = Vec::new();
+    let children = match threads {
+        1 => children_of(pid, pid)?,
+        _ => children(pid)?,
+    };
+    if !children.is_empty() {
+        let list: Vec<String> = children.iter().take(8).map(i32::to_string).collect();
+        let more = if children.len() > 8 { ", ..." } else { "" };
+        all.push(Obstacle::new(
+            "children",
+            format!("the process has children: {}{more}", list.join(", ")),
+            "wait until they have ended and were waited for",
         ));
     }
     all.extend(timers(pid)?);
