@@ -31,7 +31,7 @@ pub struct Pending {
 }
 
 /// Files being received for one migration. Dropped without
-/// [`Receiver::commit`] or [`Receiver::keep`] it clears all of them away.
+/// [`Receiver::place`] or [`Receiver::keep`] it clears all of them away.
 pub struct Receiver {
     id: Id,
     /// Bytes all files together may still take.
@@ -342,10 +342,11 @@ impl Pending {
     }
 
     /// Puts the file in its place and removes what it replaced; can be
-    /// repeated.
+    /// repeated, and after the program has moved it from there.
     ///
     /// # Errors
-    /// As [`Pending::place`].
+    /// [`Error::Bad`] where something else stands there: nothing is lost, the
+    /// file keeps its temporary name.
     pub fn commit(&self) -> Result<()> {
         if !self.clear()? {
             self.place()?;
