@@ -127,7 +127,7 @@ fn at_random_addresses(lab: &Lab, more: &str) -> Result<()> {
     let stack = || lab.a().sh("grep -F '[stack]' /proc/self/maps");
     let random = stack()? != stack()?;
     let moved = match random {
-        true => run(lab, more, "recursive lines=60"),
+        true => run(lab, more, "recursive lines=150"),
         false => Err(CannotHere("this machine gives out no random addresses".into()).into()),
     };
     set(usual.trim())?;
