@@ -41,8 +41,13 @@ pub fn mappings(pid: i32, name: &str) -> Result<Vec<u8>> {
 }
 
 fn read_into(pid: i32, name: &str, room: usize, limit: u64) -> Result<Vec<u8>> {
+    all_of(&open(pid, name)?, pid, name, room, limit)
+}
+
+/// Reads the rest of such a file.
+fn all_of(file: &File, pid: i32, name: &str, room: usize, limit: u64) -> Result<Vec<u8>> {
     let mut bytes = Vec::with_capacity(room);
-    match open(pid, name)?.take(limit).read_to_end(&mut bytes) {
+    match file.take(limit).read_to_end(&mut bytes) {
         Ok(_) => Ok(bytes),
         Err(e) if e.raw_os_error() == Some(libc::ESRCH) => Err(Error::Gone(pid)),
         Err(e) => Err(e).context("read", format_args!("/proc/{pid}/{name}")),

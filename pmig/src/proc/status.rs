@@ -1,7 +1,7 @@
 //! `/proc/PID/status`.
 
 use std::fs::File;
-use std::os::unix::fs::FileExt;
+use std::io::Seek;
 
 use crate::error::{Context, Error, Result};
 
@@ -133,12 +133,13 @@ impl Pending {
     /// [`Error::Gone`] where the process has been reaped; [`Error::Bad`] where
     /// the text is not a status.
     pub fn now(&self) -> Result<[u64; 2]> {
-        let mut text = [0; 4096];
-        let n = match self.status.read_at(&mut text, 0) {
-            Err(e) if e.raw_os_error() == Some(libc::ESRCH) => return Err(Error::Gone(self.pid)),
-            n => n.context("read the status of", self.pid)?,
-        };
-        pending_in(&text[..n]).ok_or_else(|| {
+        let mut status = &self.status;
+        status
+            .rewind()
+            .context("read the status of", format!("process {}", self.pid))?;
+        // Whole: a list of groups of any length stands before them.
+        let text = super::all_of(status, self.pid, "status", super::ROOM, super::LIMIT)?;
+        pending_in(&text).ok_or_else(|| {
             Error::bad(
                 format!("/proc/{}/status", self.pid),
                 "it names no pending signals",
@@ -172,6 +173,8 @@ fn four(value: &str) -> Option<[u32; 4]> {
 mod tests {
     use super::*;
     use procfs::process::Process;
+    use std::io::Read as _;
+    use std::process::{Command, Stdio};
 
     #[test]
     fn it_says_what_the_procfs_crate_says() {
@@ -237,6 +240,29 @@ mod tests {
         assert_eq!(pending_in(b"Name:\tSigPnd:\t1\nShdPnd:\t1\n"), None);
         let gone = Pending::of(i32::MAX);
         assert!(matches!(gone, Err(Error::Gone(_))), "{gone:?}");
+    }
+
+    #[test]
+    fn pending_signals_are_found_behind_many_groups() {
+        let program = "import os, signal, time; os.setgroups(range(70000, 72000)); \
+                       signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1]); \
+                       print(flush=True); time.sleep(60)";
+        let mut child = Command::new("python3")
+            .args(["-c", program])
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let said = child.stdout.as_mut().unwrap().read(&mut [0]).unwrap();
+        let pending = Pending::of(child.id() as i32).unwrap();
+        let before = pending.now();
+        let pid = nix::unistd::Pid::from_raw(child.id() as i32);
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGUSR1).unwrap();
+        let after = pending.now();
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert_eq!(said, 1, "it needs the right to set its groups");
+        assert_eq!(before.unwrap(), [0, 0]);
+        assert_eq!(after.unwrap(), [0, 1 << (libc::SIGUSR1 - 1)]);
     }
 
     #[test]
