@@ -16,7 +16,7 @@ use std::fs::{self, File, OpenOptions};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -327,6 +327,7 @@ impl Vm {
         directory: &Path,
         disks: &Path,
         identity: &Identity,
+        cpus: u32,
     ) -> Result<Self> {
         let name = identity.name.clone();
         let disk = disks.join(format!("{name}.disk"));
@@ -344,7 +345,7 @@ impl Vm {
             kernel: parts.image.kernel(),
             directory: directory.to_owned(),
             memory_mb: 1024,
-            cpus: 2,
+            cpus,
             name,
             initial,
             disk,
@@ -442,7 +443,10 @@ impl Host for Vm {
     }
 
     fn session(&self, deadline: Instant) -> Result<Session> {
-        let mut from = 0;
+        // Each time another: a port's last conversation ends inside a moment
+        // later than here, and would take for its own what is said meanwhile.
+        static NEXT: AtomicUsize = AtomicUsize::new(0);
+        let mut from = std::process::id() as usize + NEXT.fetch_add(1, Ordering::Relaxed);
         loop {
             ensure!(self.owner().alive(), "{} does not run", self.name());
             if let Some((port, lock)) = self.port(from) {
@@ -451,7 +455,6 @@ impl Host for Vm {
                 match Session::open(&socket, Some(lock), soon) {
                     Ok(session) => return Ok(session),
                     Err(e) if Instant::now() >= deadline => return Err(e),
-                    // Its last conversation may not be over inside.
                     Err(_) => from = port + 1,
                 }
             } else if Instant::now() >= deadline {
