@@ -4,7 +4,7 @@
 //! which are tidied up between them and end with the last.
 
 use crate::host::{Host, Make};
-use crate::pair::{serve, tidy, Lab};
+use crate::pair::{serve, tidy, Lab, Processors};
 use anyhow::{bail, Context, Result};
 use std::collections::VecDeque;
 use std::fmt;
@@ -359,7 +359,7 @@ fn on_whole_machines(lab: &mut Option<Lab>, broken: &mut Option<String>, trial: 
     let whole = lab.as_ref().is_some_and(|lab| on_both(lab, tidy).is_ok());
     if !whole {
         *lab = None;
-        match Lab::vm(&|what| println!("{what}")) {
+        match Lab::vm(Processors::Two, &|what| println!("{what}")) {
             Ok(new) => *lab = Some(new),
             Err(e) => {
                 let verdict = judge(Ok(Err(e)));

@@ -18,6 +18,28 @@ pub const NAMES: [&str; 2] = ["a", "b"];
 /// Where pmig's log lies in a host that serves.
 pub const SERVE_LOG: &str = "/run/pmig-serve.log";
 
+/// How many processors each of two machines has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Processors {
+    /// Two, so that what can happen at once does.
+    Two,
+    /// As many, up to two, as this computer has for them at any time. With more
+    /// it is this computer's scheduler that is measured: it puts aside a
+    /// processor that holds a lock, for a tick of some milliseconds, while
+    /// another spins for it.
+    Own,
+}
+
+impl Processors {
+    fn count(self) -> u32 {
+        let here = std::thread::available_parallelism().map_or(1, usize::from);
+        match self {
+            Self::Own if here < 4 => 1,
+            _ => 2,
+        }
+    }
+}
+
 /// Two hosts, a and b, that reach each other by these names.
 pub struct Lab {
     make: Make,
@@ -125,10 +147,10 @@ impl Lab {
     ///
     /// # Errors
     /// Whatever keeps them from coming up.
-    pub fn vm(say: &dyn Fn(&str)) -> Result<Self> {
+    pub fn vm(processors: Processors, say: &dyn Fn(&str)) -> Result<Self> {
         let tag = passing_tag();
         let directory = passage(&tag)?;
-        let [a, b] = Self::vm_hosts(&directory, &tag, say)?;
+        let [a, b] = Self::vm_hosts(&directory, &tag, processors, say)?;
         Ok(Self {
             make: Make::Vm,
             a: Box::new(a),
@@ -141,7 +163,12 @@ impl Lab {
     ///
     /// # Errors
     /// Whatever keeps them from coming up.
-    pub fn vm_hosts(directory: &Path, tag: &str, say: &dyn Fn(&str)) -> Result<[Vm; 2]> {
+    pub fn vm_hosts(
+        directory: &Path,
+        tag: &str,
+        processors: Processors,
+        say: &dyn Fn(&str),
+    ) -> Result<[Vm; 2]> {
         let parts = Parts::get(say)?;
         let disks = disks(tag)?;
         for leftover in disks.parent().map(leftovers).unwrap_or_default() {
@@ -149,8 +176,11 @@ impl Lab {
         }
         fs::create_dir_all(&disks).with_context(|| format!("create {}", disks.display()))?;
         say("booting a and b");
-        let a = Vm::start(&parts, directory, &disks, &identity(0))?;
-        let b = Vm::start(&parts, directory, &disks, &identity(1))?;
+        let start = |index| {
+            let identity = identity(index);
+            Vm::start(&parts, directory, &disks, &identity, processors.count())
+        };
+        let (a, b) = (start(0)?, start(1)?);
         let module = parts.module.as_deref();
         std::thread::scope(|scope| {
             let first = scope.spawn(|| a.wait(module));

@@ -4,7 +4,7 @@ use crate::build;
 use crate::host::{Host, Make};
 use crate::netns::Netns;
 use crate::owner::Owner;
-use crate::pair::{self, passage, Lab, NAMES};
+use crate::pair::{self, passage, Lab, Processors, NAMES};
 use crate::vm::{Machine, Vm};
 use anyhow::{bail, Context, Result};
 use nix::fcntl::Flock;
@@ -150,7 +150,10 @@ pub fn up(make: Make, say: &dyn Fn(&str)) -> Result<State> {
     }
     let (netns, vm) = match make {
         Make::Netns => (Some(Lab::netns_hosts(&directory, &tag)?), None),
-        Make::Vm => (None, Some(Lab::vm_hosts(&directory, &tag, say)?)),
+        Make::Vm => {
+            let hosts = Lab::vm_hosts(&directory, &tag, Processors::Own, say)?;
+            (None, Some(hosts))
+        }
     };
     let owners = match (&netns, &vm) {
         (Some(hosts), _) => hosts.iter().map(Netns::launcher).collect(),

@@ -8,7 +8,7 @@ pub mod summary;
 
 pub use crate::harness::CannotHere;
 use crate::host::{Host, Make};
-use crate::pair::{serve, Lab};
+use crate::pair::{serve, Lab, Processors};
 use anyhow::{Context, Result};
 use link::Link;
 use std::panic::{catch_unwind, resume_unwind, AssertUnwindSafe};
@@ -38,7 +38,7 @@ impl Stage {
         let say = |what: &str| eprintln!("{what}");
         let lab = match make {
             Make::Netns => Lab::netns()?,
-            Make::Vm => Lab::vm(&say)?,
+            Make::Vm => Lab::vm(Processors::Own, &say)?,
         };
         serve(lab.a(), &[]).context("start pmig serve on a")?;
         serve(lab.b(), &[]).context("start pmig serve on b")?;
