@@ -17,10 +17,6 @@ demo:
 test:
     cargo test
 
-# The same with everything that takes long, on machines above all.
-test-all:
-    cargo test -- --include-ignored
-
 # How long a program stands still, and how fast memory travels.
 bench:
     cargo bench

@@ -36,8 +36,6 @@ pub struct Trial {
     pub make: Make,
     /// Whether `pmig serve` runs on both hosts beforehand.
     pub serves: bool,
-    /// Only run when asked for, as libtest's ignored ones.
-    pub long: bool,
     pub body: Body,
 }
 
@@ -52,7 +50,6 @@ impl Trial {
             name: format!("{make}::{name}"),
             make,
             serves: true,
-            long: false,
             body: Box::new(body),
         }
     }
@@ -63,19 +60,10 @@ impl Trial {
         self.serves = false;
         self
     }
-
-    /// How long it may take before its hosts are ended.
-    fn limit(&self) -> Duration {
-        Duration::from_secs(if self.long { 1500 } else { 400 })
-    }
-
-    /// The same, run only with `--include-ignored` or `--ignored`.
-    #[must_use]
-    pub fn long(mut self) -> Self {
-        self.long = true;
-        self
-    }
 }
+
+/// How long a trial may take before its hosts are ended.
+const LIMIT: Duration = Duration::from_secs(400);
 
 /// What was asked for on the command line, as far as it is understood here.
 #[derive(Debug, Default)]
@@ -84,10 +72,8 @@ struct Asked {
     skip: Vec<String>,
     exact: bool,
     list: bool,
-    /// Only the long ones.
+    /// Only what is passed over as a rule: nothing here is.
     ignored: bool,
-    /// The long ones too.
-    include: bool,
 }
 
 impl Asked {
@@ -99,7 +85,6 @@ impl Asked {
                 "--exact" => asked.exact = true,
                 "--list" => asked.list = true,
                 "--ignored" => asked.ignored = true,
-                "--include-ignored" => asked.include = true,
                 "--skip" => asked.skip.extend(words.next()),
                 "--test-threads" | "--format" | "--color" | "-Z" => drop(words.next()),
                 _ if word.starts_with('-') => {}
@@ -114,12 +99,9 @@ impl Asked {
             true => name == filter,
             false => name.contains(filter.as_str()),
         };
-        (self.filters.is_empty() || self.filters.iter().any(fits)) && !self.skip.iter().any(fits)
-    }
-
-    /// Whether one that fits the words is passed over for now.
-    fn passes_over(&self, trial: &Trial) -> bool {
-        trial.long && !self.include && !self.ignored
+        !self.ignored
+            && (self.filters.is_empty() || self.filters.iter().any(fits))
+            && !self.skip.iter().any(fits)
     }
 }
 
@@ -189,7 +171,7 @@ fn run_on(lab: &Lab, trial: &Trial) -> Verdict {
     let (over, end) = mpsc::channel::<()>();
     let verdict = std::thread::scope(|scope| {
         let watch = scope.spawn(move || {
-            let late = end.recv_timeout(trial.limit()) == Err(RecvTimeoutError::Timeout);
+            let late = end.recv_timeout(LIMIT) == Err(RecvTimeoutError::Timeout);
             if late {
                 // Ends every conversation with them, and so the trial.
                 let _ = lab.a().crash();
@@ -208,8 +190,7 @@ fn run_on(lab: &Lab, trial: &Trial) -> Verdict {
     });
     match verdict {
         (Verdict::Failed(why), true) => {
-            let limit = trial.limit();
-            Verdict::Failed(format!("it did not end in {limit:?}; then: {why}"))
+            Verdict::Failed(format!("it did not end in {LIMIT:?}; then: {why}"))
         }
         (Verdict::Failed(why), false) => {
             let troubles = [lab.a(), lab.b()].map(|host| host.trouble());
@@ -232,19 +213,12 @@ pub fn main(trials: Vec<Trial>) -> ExitCode {
     let all = trials.len();
     let (netns, vm): (Vec<_>, Vec<_>) = trials
         .into_iter()
-        .filter(|trial| asked.wants(&trial.name) && (trial.long || !asked.ignored))
+        .filter(|trial| asked.wants(&trial.name))
         .partition(|trial| trial.make == Make::Netns);
     let filtered = all - netns.len() - vm.len();
     let start = Instant::now();
     println!("\nrunning {} tests", netns.len() + vm.len());
-    let mut results = Results::default();
-    let (over, vm): (Vec<_>, Vec<_>) = vm.into_iter().partition(|t| asked.passes_over(t));
-    for trial in over {
-        let why = "takes long; --include-ignored runs it".to_owned();
-        println!("test {} ... ignored, {why}", trial.name);
-        results.skipped.push((trial.name, why));
-    }
-    let results = Mutex::new(results);
+    let results = Mutex::new(Results::default());
     on_namespaces(netns, &results);
     on_machines(vm, &results);
     let results = results.into_inner().unwrap_or_else(PoisonError::into_inner);

@@ -11,20 +11,7 @@ mod refusing;
 mod surviving;
 
 use lab::harness::{main as run, Trial};
-use lab::Make;
 use std::process::ExitCode;
-
-/// What is tried on machines at every change, so that all tests together stay
-/// within half an hour on two cores; the rest takes as long again.
-const AT_EVERY_CHANGE: [&str; 7] = [
-    "vm::hosts::",
-    "::a_recursive_program_moves",
-    "::an_iterative_program_moves",
-    "vm::ptrace::descriptors_keep",
-    "vm::ptrace::handlers_masks",
-    "vm::kmod::a_program_at_random_addresses",
-    "vm::kmod::python_moves",
-];
 
 fn main() -> ExitCode {
     let mut trials: Vec<Trial> = Vec::new();
@@ -33,11 +20,5 @@ fn main() -> ExitCode {
     trials.extend(refusing::trials());
     trials.extend(surviving::trials());
     trials.extend(faults::trials());
-    let long = |t: &Trial| {
-        t.make == Make::Vm && !AT_EVERY_CHANGE.iter().any(|claim| t.name.contains(claim))
-    };
-    let trials = trials
-        .into_iter()
-        .map(|t| if long(&t) { t.long() } else { t });
-    run(trials.collect())
+    run(trials)
 }
