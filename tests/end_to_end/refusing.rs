@@ -33,6 +33,10 @@ const CLAIMS: &[Claim] = &[
     ("shared_memory_is_refused_by_name", |lab| {
         python(lab, "m = mmap.mmap(-1, 8192)", &["shared"])
     }),
+    ("what_appears_during_the_copy_is_refused_by_name", |lab| {
+        appears(lab, "os.fork() or time.sleep(60)", "child")?;
+        appears(lab, "signal.setitimer(signal.ITIMER_REAL, 50)", "timer")
+    }),
     ("a_pipe_to_another_process_is_refused_by_name", |lab| {
         let line = "sh -c 'python3 -c \"import time; time.sleep(60)\" | sleep 60' >/dev/null 2>&1 &
             sleep 1; pgrep -f time.sleep -n";
@@ -131,20 +135,56 @@ fn refused(lab: &Lab, pid: u32, words: &[&str]) -> Result<()> {
 
 /// Runs a line of Python that gives the program something which cannot move.
 fn python(lab: &Lab, line: &str, words: &[&str]) -> Result<()> {
+    let pid = start_python(
+        lab,
+        &format!("{line}\nprint('ready', flush=True)\ntime.sleep(60)\n"),
+    )?;
+    says(lab, "ready")?;
+    refused(lab, pid, words)
+}
+
+/// The same, but the program does it when it sees that it is being copied.
+fn appears(lab: &Lab, line: &str, word: &str) -> Result<()> {
+    // A page whose next write is to be noticed faults once more.
     let script = format!(
-        "import mmap, os, select, signal, socket, threading, time\n{line}\n\
-         print('ready', flush=True)\ntime.sleep(60)\n"
+        "ballast = bytearray(os.urandom(1 << 20)) * 100\n\
+         def faults():\n    \
+             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n    \
+             for at in range(0, 100 << 20, 1 << 20): ballast[at] ^= 1\n    \
+             return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n\
+         faults()\nprint('ready', flush=True)\nwhile faults() < 25: time.sleep(0.001)\n\
+         {line}\nprint('done', flush=True)\nwhile True: time.sleep(0.01)\n"
     );
-    let output = "/srv/work/python";
-    let cmd = Cmd::new(["python3", "-c", &script]);
-    let pid = lab.a().spawn(&cmd, output)?;
-    wait("python's line", LIMIT, || {
-        let said = lab.a().read(output)?;
+    let pid = start_python(lab, &script)?;
+    says(lab, "ready")?;
+    let moved = migrate(lab.a(), lab.b(), &program(pid), "--files ship", &[])?;
+    moved.failed(REFUSED, &[word])?;
+    let phase = moved.event("phase").map(|event| &event["phase"]);
+    ensure!(phase.is_some_and(|phase| phase == "freeze"), "{phase:?}");
+    says(lab, "done")?;
+    let process = lab.a().process(pid)?;
+    ensure!(process.is_some_and(|process| "SR".contains(process.state)));
+    wait("the end of what was built on b", LIMIT, || {
+        Ok(lab.b().process(pid)?.is_none())
+    })?;
+    lab.a().signal(pid, 9)
+}
+
+const PYTHON: &str = "/srv/work/python";
+
+fn start_python(lab: &Lab, script: &str) -> Result<u32> {
+    let script =
+        format!("import mmap, os, resource, select, signal, socket, threading, time\n{script}");
+    lab.a().spawn(&Cmd::new(["python3", "-c", &script]), PYTHON)
+}
+
+fn says(lab: &Lab, word: &str) -> Result<()> {
+    wait(&format!("python to say {word}"), LIMIT, || {
+        let said = lab.a().read(PYTHON)?;
         let said = String::from_utf8_lossy(&said).into_owned();
         ensure!(!said.contains("Error"), "{said}");
-        Ok(said.contains("ready"))
-    })?;
-    refused(lab, pid, words)
+        Ok(said.contains(word))
+    })
 }
 
 /// A migration to that address does not come about, and the program runs on.
