@@ -1,8 +1,9 @@
-//! A target machine that goes down after it had the program.
+//! What goes down after the program has come to the target: its machine, or
+//! only pmig.
 
 use anyhow::{ensure, Result};
 use lab::harness::Trial;
-use lab::scenario::{migrate, same, unmoved, wait, Program, LIMIT};
+use lab::scenario::{gone, migrate, same, unmoved, wait, Program, LIMIT};
 use lab::{serve, Cmd, Lab, Make};
 use std::time::Duration;
 
@@ -21,7 +22,34 @@ pub fn trials() -> Vec<Trial> {
         let name = format!("surviving::{name}");
         Trial::new(Make::Vm, name, move |lab| reboot(lab, fault)).bare()
     };
-    names.map(trial).into()
+    let mut trials: Vec<Trial> = names.map(trial).into();
+    for make in [Make::Netns, Make::Vm] {
+        let name = "surviving::what_a_killed_target_left_of_a_replaced_file_is_cleared_away";
+        trials.push(Trial::new(make, name, replaced).bare());
+    }
+    trials
+}
+
+/// On its way back a program's file replaces what it left behind; the target is
+/// killed when the program runs and what was replaced still has a name.
+fn replaced(lab: &Lab) -> Result<()> {
+    let (a, b) = (lab.a(), lab.b());
+    serve(a, &[("PMIG_FAULT", "release:kill:target")])?;
+    serve(b, &[])?;
+    let line = "iterative lines=150 file=/srv/work/own";
+    let quick = ["pace_us=0", "file=/srv/work/unmoved/own"];
+    let expected = unmoved(b, line, &quick)?;
+    let program = Program::start(a, line)?;
+    program.wait_lines(a, 5)?;
+    migrate(a, b, &program, "--files ship", &[])?.ok()?;
+    program.wait_lines(b, 5)?;
+    migrate(b, a, &program, "--files ship", &[])?;
+    program.wait_lines(a, 5)?;
+    a.sh("pmig resolve")?;
+    let names = a.sh("ls -A /srv/work")?;
+    ensure!(!names.contains(".pmig"), "{names}");
+    same(&program.finish(a)?, &expected)?;
+    gone(b, program.pid)
 }
 
 /// Stalls the target at a phase, cuts its power, and looks for the program.

@@ -342,17 +342,25 @@ impl Pending {
     }
 
     /// Puts the file in its place and removes what it replaced; can be
-    /// repeated, and after the program has moved it from there.
+    /// repeated, and after the program has moved it from there: what has no
+    /// temporary name any more was in its place once.
     ///
     /// # Errors
     /// [`Error::Bad`] where something else stands there: nothing is lost, the
     /// file keeps its temporary name.
     pub fn commit(&self) -> Result<()> {
-        if !self.clear()? {
+        if !self.clear()? && self.has_temporary()? {
             self.place()?;
             self.clear()?;
         }
         Ok(())
+    }
+
+    fn has_temporary(&self) -> Result<bool> {
+        match directory_of(&self.temporary) {
+            Err(e) if e.errno() == Some(libc::ENOENT) => Ok(false),
+            dir => Ok(stamp_at(&dir?, &self.temporary)?.is_some()),
+        }
     }
 
     /// Removes what was replaced, if it still is there: then the file was in

@@ -182,7 +182,6 @@ fn an_aborted_receiver_leaves_nothing() {
     drop(m.receiver);
     assert_eq!(p.names(), ["data"]);
     pending[0].abort().unwrap();
-    assert!(pending[0].commit().is_err());
     // What took the temporary name meanwhile is not ours.
     fs::write(pending[0].temporary.as_path(), b"other").unwrap();
     pending[0].abort().unwrap();
@@ -303,9 +302,8 @@ fn there_and_back_again() {
     assert!(ledger.read("abc").unwrap().is_empty());
 }
 
-#[test]
-fn a_leftover_somebody_changed_is_kept() {
-    let p = Place::new();
+/// A receiver of a file that will replace `data`.
+fn replacing(p: &Place) -> Receiver {
     fs::write(p.on("data"), b"old state").unwrap();
     let left = Stamp::of(Pinned::by_path(&p.path("data")).unwrap().stat());
     let file = File::open(p.on("data")).unwrap();
@@ -314,6 +312,13 @@ fn a_leftover_somebody_changed_is_kept() {
     receiver
         .create(&set.files[0], Some(left), &mut p.opener())
         .unwrap();
+    receiver
+}
+
+#[test]
+fn a_leftover_somebody_changed_is_kept() {
+    let p = Place::new();
+    let mut receiver = replacing(&p);
     receiver.finish(0, 0, (1, 2)).unwrap();
     std::thread::sleep(Duration::from_millis(20));
     fs::write(p.on("data"), b"my  notes").unwrap();
@@ -327,14 +332,7 @@ fn a_leftover_somebody_changed_is_kept() {
 #[test]
 fn an_interrupted_exchange_is_finished() {
     let p = Place::new();
-    fs::write(p.on("data"), b"old state").unwrap();
-    let left = Stamp::of(Pinned::by_path(&p.path("data")).unwrap().stat());
-    let file = File::open(p.on("data")).unwrap();
-    let set = described(&[(&file, &p.path("data"), Use::Written)]);
-    let mut receiver = Receiver::new(Id::random().unwrap(), 1 << 20);
-    receiver
-        .create(&set.files[0], Some(left), &mut p.opener())
-        .unwrap();
+    let mut receiver = replacing(&p);
     receiver.write(0, 0, b"new").unwrap();
     receiver.finish(0, 3, (1, 2)).unwrap();
     receiver.keep();
@@ -356,14 +354,7 @@ fn an_interrupted_exchange_is_finished() {
 #[test]
 fn what_was_replaced_goes_though_the_program_moved_its_file() {
     let p = Place::new();
-    fs::write(p.on("data"), b"old state").unwrap();
-    let left = Stamp::of(Pinned::by_path(&p.path("data")).unwrap().stat());
-    let file = File::open(p.on("data")).unwrap();
-    let set = described(&[(&file, &p.path("data"), Use::Written)]);
-    let mut receiver = Receiver::new(Id::random().unwrap(), 1 << 20);
-    receiver
-        .create(&set.files[0], Some(left), &mut p.opener())
-        .unwrap();
+    let mut receiver = replacing(&p);
     receiver.write(0, 0, b"new state").unwrap();
     receiver.finish(0, 9, (1, 2)).unwrap();
     receiver.place().unwrap();
@@ -374,4 +365,18 @@ fn what_was_replaced_goes_though_the_program_moved_its_file() {
     pending[0].commit().unwrap();
     assert_eq!(p.names(), ["data.1"]);
     assert_eq!(fs::read(p.on("data.1")).unwrap(), b"new state");
+}
+
+#[test]
+fn a_file_that_the_program_moved_away_is_not_missed() {
+    let p = Place::new();
+    fs::write(p.on("data"), b"state").unwrap();
+    let file = File::open(p.on("data")).unwrap();
+    let mut m = Move::begin(&p, &file, 1 << 20);
+    let pass = m.pass();
+    m.receiver.finish(0, pass.size, pass.mtime).unwrap();
+    m.receiver.place().unwrap();
+    fs::rename(p.on("copy"), p.on("copy.1")).unwrap();
+    m.receiver.pending()[0].commit().unwrap();
+    assert_eq!(p.names(), ["copy.1", "data"]);
 }
