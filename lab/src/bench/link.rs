@@ -19,6 +19,8 @@ pub struct Link {
     pub rate: std::result::Result<f64, String>,
     /// A small message there and back over TCP, in the median.
     pub round_trip: Duration,
+    /// Of each of the hosts.
+    pub processors: u32,
 }
 
 impl Link {
@@ -42,6 +44,7 @@ impl Link {
         Ok(Self {
             rate,
             round_trip: Duration::from_nanos(nanos),
+            processors: lab.a().sh("nproc")?.trim().parse()?,
         })
     }
 }

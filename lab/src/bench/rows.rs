@@ -33,6 +33,9 @@ pub struct Missing {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct LinkRow {
     pub hosts: Make,
+    /// Of each of them; none where an older run did not note it.
+    #[serde(default)]
+    pub processors: Option<u32>,
     pub iperf3: Option<f64>,
     pub round_trip_ms: f64,
 }
@@ -118,6 +121,7 @@ impl LinkRow {
     pub fn new(hosts: Make, link: &Link) -> Self {
         Self {
             hosts,
+            processors: Some(link.processors),
             iperf3: link.rate.as_ref().ok().copied(),
             round_trip_ms: ms(link.round_trip),
         }

@@ -77,9 +77,14 @@ fn text(all: &[(String, Results)]) -> String {
         let _ = writeln!(text, "## {bench}{short}\n");
         for link in &results.links {
             let rate = link.iperf3.map_or("unknown".into(), rate);
+            let processors = match link.processors {
+                None => String::new(),
+                Some(1) => ", one processor each".into(),
+                Some(n) => format!(", {n} processors each"),
+            };
             let _ = writeln!(
                 text,
-                "Link of {}: {rate} by iperf3, round trip {:.2} ms.\n",
+                "Link of {}{processors}: {rate} by iperf3, round trip {:.2} ms.\n",
                 link.hosts, link.round_trip_ms
             );
         }

@@ -144,12 +144,16 @@ fn lines(event: &Event) -> Vec<String> {
             elapsed,
         } => vec![row("build", what, &time(*elapsed))],
         Event::RoundEnded(round) => {
+            let name = format!("copy {}", round.round);
+            let took = time(round.elapsed);
+            if round.bytes == 0 {
+                return vec![row(&name, "nothing was written meanwhile", &took)];
+            }
             let mut what = format!("{} at {}/s", size(round.bytes), size(round.rate));
             if let Some(dirty) = round.dirty_rate {
                 what += &format!(", dirtied meanwhile at {}/s", size(dirty));
             }
-            let name = format!("copy {}", round.round);
-            vec![row(&name, &what, &time(round.elapsed))]
+            vec![row(&name, &what, &took)]
         }
         Event::Note { text } => vec![row("note", &printable(text), "")],
         Event::Done(summary) => done(summary),
@@ -369,6 +373,23 @@ mod tests {
              \x20          stop 0.2 · scan 0.4 · pages 7.1 · wire 4.7\n\
              running on b as 4242, 13.4 s after you asked; 361 MB sent"
         );
+    }
+
+    #[test]
+    fn a_round_without_pages_shows_no_rates() {
+        let round = Event::RoundEnded(Round {
+            round: 4,
+            pages: 0,
+            bytes: 0,
+            of: 0,
+            elapsed: Duration::from_millis(2),
+            rate: 0,
+            dirty_rate: Some(0),
+            eta: None,
+        });
+        let shown = lines(&round).concat();
+        assert!(shown.contains("copy 4   nothing was written"), "{shown}");
+        assert!(!shown.contains("0 B"), "{shown}");
     }
 
     #[test]
