@@ -17,6 +17,10 @@ demo:
 test:
     cargo test
 
+# Hostile files, other ones each minute, until one gets out of hand.
+fuzz:
+    while cargo test -p lab --test end_to_end -- netns::dumping::no_file; do :; done
+
 # How long a program stands still, and how fast memory travels.
 bench:
     cargo bench

@@ -173,6 +173,66 @@ pub fn migrate(
     migrate_to(from, &to.address(), program, more, env)
 }
 
+/// What lies between two hosts when a program is brought from one to the other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Through {
+    /// A connection: `pmig migrate`.
+    Wire,
+    /// A file: `pmig dump`, and `pmig restore` of a copy.
+    File,
+}
+
+/// How programs are brought from one host to the other.
+#[derive(Clone, Copy, Debug)]
+pub struct Way {
+    /// How a process control block is read.
+    pub pcb: &'static str,
+    pub through: Through,
+}
+
+impl Way {
+    /// Brings a program there.
+    ///
+    /// # Errors
+    /// A host is gone, or the file cannot be restored; where it does not leave
+    /// is no error here, see [`Moved::ok`].
+    pub fn bring(self, from: &dyn Host, to: &dyn Host, program: &Program) -> Result<Moved> {
+        let pcb = format!("--pcb {}", self.pcb);
+        if self.through == Through::Wire {
+            return migrate(from, to, program, &format!("--files ship {pcb}"), &[]);
+        }
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let count = COUNT.fetch_add(1, Ordering::Relaxed);
+        let file = format!("{WORK}/{count}.pmig");
+        let moved = dump(from, program, &file, &pcb, &[])?;
+        if moved.status.success() {
+            to.write(&file, 0o600, &from.read(&file)?)?;
+            from.sh(&format!("rm {file}"))?;
+            to.sh(&format!("pmig restore {file} && rm {file}"))
+                .with_context(|| format!("pmig restore on {}", to.name()))?;
+        }
+        Ok(moved)
+    }
+}
+
+/// Runs `pmig dump` on a host.
+///
+/// # Errors
+/// The host is gone; a failed dump is no error here, see [`Moved::ok`].
+pub fn dump(
+    host: &dyn Host,
+    program: &Program,
+    file: &str,
+    more: &str,
+    env: &[(&str, &str)],
+) -> Result<Moved> {
+    moving(
+        host,
+        &format!("dump {} -o {file} --json {more}", program.pid),
+        env,
+    )
+}
+
 /// The same, to an address.
 ///
 /// # Errors
@@ -184,11 +244,12 @@ pub fn migrate_to(
     more: &str,
     env: &[(&str, &str)],
 ) -> Result<Moved> {
-    let limit = format!("timeout -k 1 {}", LIMIT.as_secs());
-    let line = format!(
-        "{limit} pmig migrate {} {address} --insecure --json {more}",
-        program.pid
-    );
+    let words = format!("migrate {} {address} --insecure --json {more}", program.pid);
+    moving(from, &words, env)
+}
+
+fn moving(from: &dyn Host, what: &str, env: &[(&str, &str)]) -> Result<Moved> {
+    let line = format!("timeout -k 1 {} pmig {what}", LIMIT.as_secs());
     let mut cmd = Cmd::new(words(&line));
     for (name, value) in env {
         cmd = cmd.env(name, value);
@@ -263,19 +324,19 @@ impl Moved {
 ///
 /// # Errors
 /// Anything that is not as it should be.
-pub fn moves(lab: &Lab, line: &str, more: &str, quick: &[&str]) -> Result<Moved> {
+pub fn moves(lab: &Lab, line: &str, way: Way, quick: &[&str]) -> Result<Moved> {
     let (a, b) = (lab.a(), lab.b());
     let expected = unmoved(b, line, quick)?;
     let program = Program::start(a, line)?;
     program.wait_lines(a, 10)?;
-    let mut moved = migrate(a, b, &program, &format!("--files ship {more}"), &[])?;
+    let mut moved = way.bring(a, b, &program)?;
     for _ in 0..20 {
         // Some of them look at themselves now and then.
         let looking = "is a file the kernel makes";
         if moved.status.success() || !moved.said().contains(looking) {
             break;
         }
-        moved = migrate(a, b, &program, &format!("--files ship {more}"), &[])?;
+        moved = way.bring(a, b, &program)?;
     }
     moved.ok().with_context(|| line.to_owned())?;
     gone(a, program.pid)?;

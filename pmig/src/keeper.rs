@@ -23,7 +23,7 @@ use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use nix::sys::signal::{kill, SigSet, Signal};
 use nix::unistd::{dup2_stdin, dup2_stdout, getppid, setsid, Pid};
 
-use crate::error::{printable, Context, Error, Result};
+use crate::error::{Context, Error, Result};
 use crate::fault::{self, Role};
 use crate::id::Id;
 use crate::journal::{run_dir, Armed, Folder, Stage};
@@ -290,7 +290,7 @@ fn end_of_pmig(armed: &Armed, pmig: Pid, call: &Call, phase: Phase) -> Result<bo
 /// program. Returns why it stays held, if it does.
 fn finish(armed: &Armed, call: &Call, phase: Phase) -> Result<Option<String>> {
     let record = armed.record();
-    let (pid, peer) = (record.pid, printable(&record.peer));
+    let (pid, there) = (record.pid, record.there());
     let what = match call {
         Call::Stalled => format!("made no progress in {phase}, so its keeper ended it"),
         Call::Done | Call::Silent => format!("died in {phase}"),
@@ -299,7 +299,7 @@ fn finish(armed: &Armed, call: &Call, phase: Phase) -> Result<Option<String>> {
     tracing::info!("migration {}: {now:?}", record.id);
     let place = match &now {
         Now::RunsHere => format!("{pid} runs on here"),
-        Now::Moved => format!("{pid} runs on {peer}"),
+        Now::Moved => format!("{pid} {there}"),
         Now::Ended => format!("{pid} has ended"),
         Now::Held { why } => format!(
             "{pid} is held here, frozen and intact: {why}; see pmig resolve {}",

@@ -4,6 +4,7 @@
 //! source, target <- cli`. `ARCHITECTURE.md` at the top of the repository
 //! explains the road a migration takes and the invariants each module keeps.
 
+pub mod checkpoint;
 pub mod claim;
 pub mod error;
 pub mod fault;

@@ -79,7 +79,7 @@ pub struct Facts {
     /// Host names.
     pub from: String,
     pub to: String,
-    /// Kernel releases.
+    /// Kernel releases; a file has none.
     pub kernel_from: String,
     pub kernel_to: String,
     /// How the PCB is read here: `kmod` or `ptrace`.
@@ -148,8 +148,9 @@ pub struct Summary {
     pub id: String,
     pub pid: i32,
     pub comm: String,
-    /// Where it runs now.
+    /// Where it runs now, or the file it is in.
     pub to: String,
+    pub end: End,
     /// From the command to the resume.
     #[serde(rename = "total_ms", with = "millis")]
     pub total: Duration,
@@ -157,6 +158,18 @@ pub struct Summary {
     pub bytes_sent: u64,
     pub rounds: u32,
     pub freeze: Freeze,
+}
+
+/// What became of the program.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum End {
+    /// It runs on another machine.
+    Moved,
+    /// It is in a file, and runs no more.
+    InFile,
+    /// The same, but runs on here too.
+    Copied,
 }
 
 /// A migration that did not go through, and where the program is now.
@@ -259,6 +272,7 @@ mod tests {
             pid: 4242,
             comm: "sim\nulate".into(),
             to: "b".into(),
+            end: End::Moved,
             total: Duration::from_secs(13),
             bytes_sent: 361_000_000,
             rounds: 2,

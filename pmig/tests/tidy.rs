@@ -34,8 +34,20 @@ const MAP: &[(&str, &[&str])] = &[
         &["state", "image", "id", "journal", "transport"],
     ),
     (
+        "checkpoint",
+        &[
+            "state",
+            "image",
+            "id",
+            "journal",
+            "patience",
+            "protocol",
+            "transport",
+        ],
+    ),
+    (
         "resolve",
-        &["hold", "id", "journal", "protocol", "transport"],
+        &["checkpoint", "hold", "id", "journal", "protocol"],
     ),
     (
         "keeper",
@@ -46,6 +58,7 @@ const MAP: &[(&str, &[&str])] = &[
     (
         "source",
         &[
+            "checkpoint",
             "claim",
             "fault",
             "hold",

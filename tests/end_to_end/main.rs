@@ -3,6 +3,7 @@
 //! Each claim is tried on namespaces of this machine and on machines of QEMU's
 //! where it can be, there with both ways to read a process control block.
 
+mod dumping;
 #[path = "../faults/mod.rs"]
 mod faults;
 mod hosts;
@@ -17,6 +18,7 @@ fn main() -> ExitCode {
     let mut trials: Vec<Trial> = Vec::new();
     trials.extend(hosts::trials());
     trials.extend(moving::trials());
+    trials.extend(dumping::trials());
     trials.extend(refusing::trials());
     trials.extend(surviving::trials());
     trials.extend(faults::trials());

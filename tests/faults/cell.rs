@@ -198,7 +198,22 @@ impl<'a> Cell<'a> {
             "migrate {} {address} --insecure --json -v --files ship",
             program.pid
         );
-        let pid = self.a.spawn(&self.pmig(&words, env), &self.said_at())?;
+        self.begin(&words, env)
+    }
+
+    /// Starts to write the program to a file.
+    pub fn dump(&self, program: Program, env: &[(&str, &str)]) -> Result<Moving> {
+        let words = format!("dump {} -o {} --json -v", program.pid, self.file());
+        self.begin(&words, env)
+    }
+
+    /// Where [`Cell::dump`] writes to.
+    pub fn file(&self) -> String {
+        format!("{}/program.pmig", self.directory())
+    }
+
+    fn begin(&self, words: &str, env: &[(&str, &str)]) -> Result<Moving> {
+        let pid = self.a.spawn(&self.pmig(words, env), &self.said_at())?;
         Ok(Moving { pid })
     }
 
@@ -289,7 +304,7 @@ impl<'a> Cell<'a> {
             "for d in {state}/source/*/ {state}/target/*/; do
                  [ ! -d $d ] || [ -e $d/settled ] || echo unsettled $d $(ls $d)
              done
-             find {directory} -name '.pmig-*'
+             find {directory} -name '.pmig-*' -o -name '*.pmig-*'
              for e in $(find /sys/fs/cgroup -path '*pmig*' -name cgroup.events); do
                  d=$(dirname $e)
                  id=$(basename $d | sed 's/^pmig-//; s/-source$//; s/-target$//')

@@ -50,7 +50,7 @@ fn name(phase: Phase, kind: Named<Kind>, role: Named<Role>) -> String {
     format!("{phase}:{}:{}", kind.0, role.0)
 }
 
-fn done_to(kind: Kind) -> &'static str {
+pub fn done_to(kind: Kind) -> &'static str {
     match kind {
         Kind::Kill => "a_killed",
         Kind::Cut => "a_cut",

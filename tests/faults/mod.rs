@@ -3,6 +3,7 @@
 
 mod cell;
 mod crashes;
+mod dumping;
 mod hostile;
 mod matrix;
 mod proxy;
@@ -12,6 +13,7 @@ use lab::harness::Trial;
 pub fn trials() -> Vec<Trial> {
     let mut trials = matrix::trials();
     trials.extend(crashes::trials());
+    trials.extend(dumping::trials());
     trials.extend(hostile::trials());
     trials
 }

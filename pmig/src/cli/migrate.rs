@@ -1,24 +1,41 @@
 use std::io::{self, IsTerminal};
 
-use pmig::error::{printable, Error};
+use pmig::error::{printable, Context, Error};
 use pmig::report::{Event, Failure, Outcome, Progress};
+use pmig::transport::Addr;
 use pmig::{interrupt, resolve, source};
 
 use super::check::{comm, refusal};
 use super::output::error_line;
 use super::show::{time, Json, Plain, Terminal};
-use super::{files, lines, say, Exit, Migrate};
+use super::{files, lines, say, Dump, Exit, Migrate};
 
 pub fn run(args: &Migrate) -> Exit {
-    if let Err(exit) = args.insecure.allows(&args.addr) {
-        return exit;
+    match args.insecure.allows(&args.addr) {
+        Ok(()) => go(args.pid, &args.addr, &args.how.options(), args.json),
+        Err(exit) => exit,
     }
+}
+
+/// The same for a file, whose name must be free.
+pub fn dump(args: &Dump) -> Exit {
+    let file = match std::path::absolute(&args.output).context("find", args.output.display()) {
+        Ok(file) => file,
+        Err(e) => {
+            say(&e);
+            return Exit::Other;
+        }
+    };
+    go(args.pid, &Addr::File(file), &args.options(), args.json)
+}
+
+fn go(pid: i32, addr: &Addr, options: &source::Options, json: bool) -> Exit {
     if let Err(e) = interrupt::listen() {
         say(&e);
         return Exit::Other;
     }
     resolve::sweep(&files::Shipped);
-    let mut progress: Box<dyn Progress> = if args.json {
+    let mut progress: Box<dyn Progress> = if json {
         Box::new(Json::new())
     } else if io::stdout().is_terminal() {
         Box::new(Terminal::new())
@@ -26,14 +43,13 @@ pub fn run(args: &Migrate) -> Exit {
         Box::new(Plain::new())
     };
     // It may be gone later.
-    let name = comm(args.pid);
-    let options = args.how.options();
-    match source::migrate(args.pid, &args.addr, &options, &mut *progress) {
+    let name = comm(pid);
+    match source::migrate(pid, addr, options, &mut *progress) {
         Ok(_) => Exit::Done,
         Err(failure) => {
             let exit = exit_of(&failure);
             progress.event(&event_of(&failure, exit));
-            for line in explain(args, &name, &failure) {
+            for line in explain((pid, addr), &name, &failure) {
                 error_line(&line);
             }
             exit
@@ -63,11 +79,12 @@ fn event_of(failure: &Failure, exit: Exit) -> Event {
 }
 
 /// What went wrong, where the program is now and what to do, in that order.
-fn explain(args: &Migrate, name: &str, failure: &Failure) -> Vec<String> {
-    let (pid, addr) = (args.pid, &args.addr);
+fn explain((pid, addr): (i32, &Addr), name: &str, failure: &Failure) -> Vec<String> {
+    let to_file = matches!(addr, Addr::File(_));
+    let there = (!to_file).then_some(addr);
     let host = printable(&addr.host());
     let mut said = match &failure.error {
-        Error::Refused(obstacles) => refusal(pid, name, Some(addr), obstacles),
+        Error::Refused(obstacles) => refusal(pid, name, there, obstacles),
         error => lines(error)
             .split('\n')
             .enumerate()
@@ -89,6 +106,7 @@ fn explain(args: &Migrate, name: &str, failure: &Failure) -> Vec<String> {
         Error::Refused(_) | Error::Interrupted => String::new(),
         // Where it is the error says already.
         Error::Gone(_) if failure.outcome == Outcome::Ended => return said,
+        _ if to_file => format!("; try again, or see pmig check {pid}"),
         _ => format!("; try again, or see pmig check {pid} {addr}{insecure}"),
     };
     said.push(match &failure.outcome {
@@ -98,6 +116,13 @@ fn explain(args: &Migrate, name: &str, failure: &Failure) -> Vec<String> {
         Outcome::RunsOn { stopped } => format!(
             "{pid} stood still for {} and runs on here{again}",
             time(*stopped)
+        ),
+        Outcome::Unresolved { id } if to_file => format!(
+            "{pid} is held here, frozen and intact: whether {host} came to be whole is not known; \
+             pmig resolve {id} looks again"
+        ),
+        Outcome::Moved { id } if to_file => format!(
+            "{pid} is in {host}; what is left to clear away here: pmig resolve {id}"
         ),
         Outcome::Unresolved { id } => format!(
             "{pid} is held here, frozen and intact: {host} was told to let it run, and has not said \
@@ -179,7 +204,8 @@ mod tests {
         ] {
             let failure = Failure { error, outcome };
             assert_eq!(exit_of(&failure), exit, "{failure:?}");
-            let text = explain(&args(), "x", &failure).join("\n");
+            let args = args();
+            let text = explain((args.pid, &args.addr), "x", &failure).join("\n");
             assert!(text.contains(words), "{text}");
         }
     }

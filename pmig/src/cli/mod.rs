@@ -2,14 +2,17 @@
 
 mod check;
 mod files;
+mod inspect;
 mod machine;
 mod migrate;
 mod output;
 mod resolve;
+mod restore;
 mod serve;
 mod session;
 mod show;
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -73,6 +76,12 @@ enum Command {
     Serve(Serve),
     /// Move a process to another machine.
     Migrate(Migrate),
+    /// Write a process to a file; it is gone from here when the file is whole.
+    Dump(Dump),
+    /// Bring a process back from a file, under its PID.
+    Restore(Restore),
+    /// Say what is in a file.
+    Inspect(Inspect),
     /// Say what this machine can do, or what stands in the way of moving a
     /// process.
     Check(Check),
@@ -114,7 +123,7 @@ impl Insecure {
 #[derive(Debug, Args)]
 pub struct Serve {
     /// tcp://host[:port] or unix:/path
-    #[arg(long, value_name = "ADDR")]
+    #[arg(long, value_name = "ADDR", value_parser = served)]
     listen: Addr,
     #[command(flatten)]
     insecure: Insecure,
@@ -126,12 +135,61 @@ pub struct Migrate {
     #[arg(value_parser = clap::value_parser!(i32).range(1..))]
     pid: i32,
     /// Where a pmig serves: tcp://host[:port] or unix:/path
+    #[arg(value_parser = served)]
     addr: Addr,
     #[command(flatten)]
     insecure: Insecure,
     #[command(flatten)]
     how: How,
     /// Print every event as a line of JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Dump {
+    /// The process to write.
+    #[arg(value_parser = clap::value_parser!(i32).range(1..))]
+    pid: i32,
+    /// The file to make. It holds the program's memory: whoever can read it
+    /// reads that.
+    #[arg(short, long, value_name = "FILE")]
+    output: PathBuf,
+    /// Let it run on here too. Then it is for you to see that the two do not
+    /// get into each other's way.
+    #[arg(long)]
+    leave_running: bool,
+    #[command(flatten)]
+    capture: Capture,
+    /// Print every event as a line of JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+impl Dump {
+    /// What the program writes to is always kept.
+    fn options(&self) -> source::Options {
+        source::Options {
+            stays: self.leave_running,
+            ..self.capture.options(true)
+        }
+    }
+}
+
+#[derive(Debug, Args)]
+pub struct Restore {
+    /// What pmig dump made; it stays as it is.
+    file: PathBuf,
+    /// Print one JSON object.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Inspect {
+    /// What pmig dump made.
+    file: PathBuf,
+    /// Print one JSON object, with everything but memory and files' contents.
     #[arg(long)]
     json: bool,
 }
@@ -143,6 +201,19 @@ pub struct How {
     /// are missing there or open for writing here.
     #[arg(long, value_enum, default_value_t = Files::Check)]
     files: Files,
+    #[command(flatten)]
+    capture: Capture,
+}
+
+impl How {
+    fn options(&self) -> source::Options {
+        self.capture.options(self.files == Files::Ship)
+    }
+}
+
+/// How a process is captured.
+#[derive(Debug, Clone, Args)]
+pub struct Capture {
     /// How registers and signals are read here: by the kernel module (`kmod`),
     /// by `ptrace`, or by the module if it is loaded (`auto`).
     #[arg(long, value_enum, default_value_t = Pcb::Auto)]
@@ -153,16 +224,17 @@ pub struct How {
     max_freeze: Duration,
 }
 
-impl How {
-    fn options(&self) -> source::Options {
+impl Capture {
+    fn options(&self, ship: bool) -> source::Options {
         source::Options {
             pcb: match self.pcb {
                 Pcb::Auto => PcbChoice::Auto,
                 Pcb::Ptrace => PcbChoice::Ptrace,
                 Pcb::Kmod => PcbChoice::Kmod,
             },
-            ship: self.files == Files::Ship,
+            ship,
             max_freeze: self.max_freeze,
+            stays: false,
         }
     }
 }
@@ -186,6 +258,7 @@ pub struct Check {
     #[arg(value_parser = clap::value_parser!(i32).range(1..))]
     pid: Option<i32>,
     /// Where it would go, to have the pmig there asked too.
+    #[arg(value_parser = served)]
     addr: Option<Addr>,
     #[command(flatten)]
     insecure: Insecure,
@@ -226,6 +299,9 @@ pub fn run() -> ExitCode {
     let exit = match cli.command {
         Command::Serve(args) => serve::run(&args, cli.verbose),
         Command::Migrate(args) => migrate::run(&args),
+        Command::Dump(args) => migrate::dump(&args),
+        Command::Restore(args) => restore::run(&args, cli.verbose),
+        Command::Inspect(args) => inspect::run(&args),
         Command::Check(args) => check::run(&args),
         Command::Resolve(args) => resolve::run(&args),
         Command::Session(args) => session::run(&args),
@@ -272,6 +348,14 @@ fn lines(error: &Error) -> String {
         .join("\n")
 }
 
+/// Where a pmig can serve.
+fn served(text: &str) -> Result<Addr, String> {
+    match text.parse()? {
+        Addr::File(_) => Err(format!("{text}: for a file there is pmig dump")),
+        addr => Ok(addr),
+    }
+}
+
 /// `20ms`, `1.5s`, `500us`.
 fn duration(text: &str) -> Result<Duration, String> {
     let wrong = || format!("{text}: a time is written like 20ms, 500us or 1.5s");
@@ -305,6 +389,8 @@ mod tests {
             &["pmig", "migrate", "-1", "tcp://b"],
             &["pmig", "migrate", "42", "b"],
             &["pmig", "migrate", "42", "tcp://b", "--max-freeze", "20"],
+            &["pmig", "migrate", "42", "file:/srv/x"],
+            &["pmig", "dump", "42"],
             &["pmig", "resolve", "--drop"],
             &["pmig", "resolve", "../../etc"],
         ] {

@@ -1,6 +1,5 @@
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::process::CommandExt;
-use std::process::{Command, Stdio};
+use std::os::fd::BorrowedFd;
+use std::process::Stdio;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Arc;
 
@@ -15,7 +14,7 @@ use pmig::resolve;
 use pmig::transport::{Link, Listener};
 
 use super::output::error_line;
-use super::{files, say, Exit, Serve, Verbose};
+use super::{files, say, session, Exit, Serve, Verbose};
 
 /// Connections looked after at once; more wait until one of them ends.
 const MAX_GREETINGS: usize = 64;
@@ -106,35 +105,16 @@ fn greet(
                 return Ok(());
             }
             let _session = Counted::new(sessions);
-            session(link, verbose)
+            receive(link, verbose)
         }
     }
 }
 
 /// Hands a connection to a process of its own, which lives on if this one dies,
 /// and waits for its end.
-fn session(link: Box<dyn Link>, verbose: Verbose) -> Result<()> {
+fn receive(link: Box<dyn Link>, verbose: Verbose) -> Result<()> {
     let peer = link.peer();
-    link.set_deadline(None)
-        .context("set up", "the connection")?;
-    let fd: OwnedFd = link
-        .fd()
-        .as_fd()
-        .try_clone_to_owned()
-        .context("hand over", "the connection")?;
-    let mut command = Command::new("/proc/self/exe");
-    command
-        .arg0("pmig")
-        .args(["session", "--peer", &peer])
-        .stdin(fd)
-        .stdout(Stdio::null());
-    if verbose.level > 0 {
-        command.arg(format!("-{}", "v".repeat(verbose.level.into())));
-    }
-    let mut child = command.spawn().context("start", "a session")?;
-    // Otherwise the other side wouldn't notice when the session dies.
-    drop(command);
-    drop(link);
+    let mut child = session::start(link, verbose, Stdio::inherit())?;
     let status = child.wait().context("wait for", "a session")?;
     if !status.success() {
         tracing::info!("the session with {} ended with {status}", printable(&peer));

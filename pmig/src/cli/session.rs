@@ -1,13 +1,16 @@
 use std::fs::File;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command, Stdio};
 
 use nix::unistd::{dup2_stdin, setsid};
 use pmig::error::{Context, Result};
 use pmig::protocol::Wire;
 use pmig::sys::inherit::close_from;
+use pmig::transport::Link;
 use pmig::{target, transport};
 
-use super::{lines, Exit, Session};
+use super::{lines, Exit, Session, Verbose};
 
 pub fn run(args: &Session) -> Exit {
     match session(args) {
@@ -18,6 +21,30 @@ pub fn run(args: &Session) -> Exit {
             Exit::Other
         }
     }
+}
+
+/// Hands a connection to a process of its own, which lives on if this one dies.
+/// Its warnings go to `log`.
+pub fn start(link: Box<dyn Link>, verbose: Verbose, log: Stdio) -> Result<Child> {
+    link.set_deadline(None)
+        .context("set up", "the connection")?;
+    let fd: OwnedFd = link
+        .fd()
+        .try_clone_to_owned()
+        .context("hand over", "the connection")?;
+    let mut command = Command::new("/proc/self/exe");
+    command
+        .arg0("pmig")
+        .args(["session", "--peer", &link.peer()])
+        .stdin(fd)
+        .stdout(Stdio::null())
+        .stderr(log);
+    if verbose.level > 0 {
+        command.arg(format!("-{}", "v".repeat(verbose.level.into())));
+    }
+    // Otherwise the other side wouldn't notice when the session dies.
+    drop(link);
+    command.spawn().context("start", "a session")
 }
 
 fn session(args: &Session) -> Result<()> {

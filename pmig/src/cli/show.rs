@@ -6,7 +6,7 @@ use std::time::Duration;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use pmig::error::printable;
 use pmig::phase::Phase;
-use pmig::report::{Event, Facts, Freeze, Progress, Round, Summary};
+use pmig::report::{End, Event, Facts, Freeze, Progress, Round, Summary};
 
 /// Where the last column ends.
 const WIDTH: usize = 78;
@@ -174,7 +174,9 @@ fn head(f: &Facts) -> String {
         size(f.bytes),
         count(f.files, "file", "files"),
     );
-    let kernels = if f.kernel_from == f.kernel_to {
+    let kernels = if f.kernel_to.is_empty() {
+        format!("linux {}", printable(&f.kernel_from))
+    } else if f.kernel_from == f.kernel_to {
         format!("linux {} on both", printable(&f.kernel_from))
     } else {
         format!(
@@ -205,14 +207,19 @@ fn done(s: &Summary) -> Vec<String> {
     vec![
         row("freeze", &format!("{pages} page{plural}"), &time(*total)),
         row("", &parts.join(" · "), ""),
-        format!(
-            "running on {} as {}, {} after you asked; {} sent",
-            printable(&s.to),
-            s.pid,
-            time(s.total),
-            size(s.bytes_sent)
-        ),
+        end(s),
     ]
+}
+
+fn end(s: &Summary) -> String {
+    let (to, pid, took, sent) = (printable(&s.to), s.pid, time(s.total), size(s.bytes_sent));
+    match s.end {
+        End::Moved => format!("running on {to} as {pid}, {took} after you asked; {sent} sent"),
+        End::InFile => {
+            format!("{pid} is in {to}, {sent}, {took} after you asked; it goes on by pmig restore")
+        }
+        End::Copied => format!("a copy of {pid} is in {to}, {sent}; {pid} itself runs on here"),
+    }
 }
 
 fn label(name: &str) -> String {
@@ -358,6 +365,7 @@ mod tests {
                 pid: 4242,
                 comm: "simulate".into(),
                 to: "b".into(),
+                end: End::Moved,
                 total: ms(13_400),
                 bytes_sent: 361_000_000,
                 rounds: 2,

@@ -29,7 +29,7 @@ use nix::fcntl::{Flock, FlockArg};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::error::{Context, Error, Result};
+use crate::error::{printable, Context, Error, Result};
 use crate::hold::Place;
 use crate::id::{Id, Secret};
 use crate::transport::Addr;
@@ -83,6 +83,18 @@ pub struct Record {
     pub place: Place,
     /// Seconds since 1970.
     pub time: u64,
+}
+
+impl Record {
+    /// Where the program is if it is no more at the source: `runs on b`, or `is
+    /// in FILE`. Control characters are escaped.
+    pub fn there(&self) -> String {
+        let peer = printable(&self.peer);
+        match self.addr {
+            Some(Addr::File(_)) => format!("is in {peer}"),
+            _ => format!("runs on {peer}"),
+        }
+    }
 }
 
 const VERSION: u32 = 1;

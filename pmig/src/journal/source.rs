@@ -23,11 +23,18 @@ pub struct Armed(pub(super) Arc<Entry>);
 pub struct Committing(Arc<Entry>);
 
 /// What a Commit message carries. Cannot be had without [`Committing`], but
-/// from the wire.
+/// from the wire or of a file.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Order {
     id: Id,
     secret: Secret,
+}
+
+impl Order {
+    /// For what comes out of a file, whose source is gone or will not go on.
+    pub(crate) fn of_a_file(id: Id, secret: Secret) -> Order {
+        Order { id, secret }
+    }
 }
 
 /// Why COMMITTING could not be recorded.

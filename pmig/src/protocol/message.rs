@@ -76,6 +76,20 @@ pub enum ToTarget {
     /// Signals that were sent to the copy at the source since it was captured,
     /// as a mask.
     Late(u64),
+    /// Instead of Commit, to a file only: it is to stay, though the program runs
+    /// on at the source.
+    Keep,
+}
+
+impl ToTarget {
+    /// Bytes of content that follow it.
+    pub fn content(&self) -> u64 {
+        match self {
+            ToTarget::Pages(runs) => runs.iter().map(|(_, len)| u64::from(*len)).sum(),
+            ToTarget::Block { len, .. } => u64::from(*len),
+            _ => 0,
+        }
+    }
 }
 
 /// The first message.

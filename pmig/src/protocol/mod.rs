@@ -5,4 +5,4 @@ mod frame;
 pub mod message;
 pub mod preface;
 
-pub use frame::{Wire, MAX_MESSAGE};
+pub use frame::{decode, encode, Wire, MAX_MESSAGE};

@@ -166,7 +166,7 @@ pub fn resolve(id: Id, how: How, files: &dyn Files) -> Result<Resolved> {
 
 fn resolve_source(armed: &Armed, how: How) -> Result<Resolved> {
     let record = armed.record();
-    let (name, peer) = (name(record), printable(&record.peer));
+    let (name, there) = (name(record), record.there());
     let why = "a person ended it";
     let mut now = source::finish(armed, why, Duration::ZERO, || {})?;
     let mut by_hand = false;
@@ -180,10 +180,11 @@ fn resolve_source(armed: &Armed, how: How) -> Result<Resolved> {
     let (resolved, text) = match now {
         Now::RunsHere if by_hand => (
             true,
-            format!("{name} runs on here, because you said so; make sure that {peer} does not run it too"),
+            format!("{name} runs on here, because you said so; make sure that no other {there}"),
         ),
         Now::RunsHere => {
-            let mut text = format!("{name} runs here and never ran on {peer}");
+            let peer = printable(&record.peer);
+            let mut text = format!("{name} runs here; that it {there} never came about");
             if let Err(e) = source::abandon(record, Duration::ZERO) {
                 text += &format!("\na copy may still be held, frozen, on {peer} ({e}); there: pmig resolve {} --drop", record.id);
             }
@@ -191,18 +192,18 @@ fn resolve_source(armed: &Armed, how: How) -> Result<Resolved> {
         }
         Now::Moved if by_hand => (
             true,
-            format!("the copy of {name} held here is gone, because you said so; whether it runs on {peer} is not known here"),
+            format!("the copy of {name} held here is gone, because you said so; whether it {there} is not known here"),
         ),
         Now::Moved => (
             true,
-            format!("{name} runs on {peer}; the copy held here is gone"),
+            format!("{name} {there}; the copy held here is gone"),
         ),
         Now::Held { why } => (
             false,
             format!(
                 "{name} stays held here, frozen: {why}\n\
-                 if you know that {peer} does not run it:  pmig resolve {id} --run-here\n\
-                 if you know that {peer} runs it:          pmig resolve {id} --drop",
+                 unless it {there}:            pmig resolve {id} --run-here\n\
+                 if you know that it {there}:  pmig resolve {id} --drop",
                 id = record.id
             ),
         ),
@@ -211,7 +212,7 @@ fn resolve_source(armed: &Armed, how: How) -> Result<Resolved> {
             true,
             format!(
                 "this machine has rebooted since, so the {name} that was here is gone; \
-                 {peer} may run it or hold a copy (there: pmig resolve {})",
+                 perhaps it {there} or is held there (pmig resolve {})",
                 record.id
             ),
         ),

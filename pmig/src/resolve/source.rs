@@ -1,12 +1,12 @@
 use std::time::{Duration, Instant};
 
+use crate::checkpoint;
 use crate::error::{Error, Result};
 use crate::hold::Frozen;
 use crate::id::Id;
 use crate::journal::{self, Armed, Committing, Found, Record, Stage, Verdict};
 use crate::protocol::fate::{self, Answer, Question, What};
 use crate::protocol::preface;
-use crate::transport;
 
 /// Between two questions to a target that didn't answer.
 const PAUSE: Duration = Duration::from_secs(1);
@@ -35,7 +35,7 @@ pub fn ask(record: &Record, what: What) -> Result<Answer> {
         .addr
         .as_ref()
         .ok_or_else(|| Error::bad(format!("migration {}", record.id), "has no address to ask"))?;
-    let mut link = transport::connect(addr).map_err(|cause| Error::Link {
+    let mut link = checkpoint::connect(addr).map_err(|cause| Error::Link {
         peer: addr.host(),
         cause,
     })?;

@@ -9,6 +9,7 @@ use crate::image::Shipped;
 use crate::journal;
 use crate::protocol::message::{ToSource, ToTarget};
 use crate::protocol::Wire;
+use crate::report::Event;
 use crate::state::fd::FdTable;
 use crate::state::files::{FileSet, Ledger, Leftover, Link, Shipment, Sources, Use};
 use crate::state::memory::{Layout, MappedFile};
@@ -191,6 +192,15 @@ impl SourceFiles {
 }
 
 impl Run<'_> {
+    /// Notes what stays here of the shipped files.
+    pub(super) fn note_left_behind(&mut self) {
+        if let Err(error) = self.files.left_behind(&self.preview.lineage) {
+            self.progress.event(&Event::Note {
+                text: format!("what was left behind could not be noted: {error}"),
+            });
+        }
+    }
+
     /// Tells the target of files that are new, and hears which to send.
     pub(super) fn sync_files(&mut self, layout: &Layout, table: &FdTable) -> Result<()> {
         if !self.files.note(&self.preview.exe, layout, table)? {

@@ -14,6 +14,7 @@ mod undo;
 
 use std::time::{Duration, Instant};
 
+use crate::checkpoint;
 use crate::claim::Claim;
 use crate::error::{Context, Error, Obstacle, Result};
 use crate::fault::{self, Role};
@@ -21,7 +22,7 @@ use crate::hold::{self, Frozen, Hold};
 use crate::id::{Id, Secret};
 use crate::image::{Final, Preview};
 use crate::interrupt;
-use crate::journal::{Armed, Committing, Lost, New};
+use crate::journal::{Armed, Committing, New};
 use crate::keeper::Keeper;
 use crate::laps::Laps;
 use crate::lineage;
@@ -42,7 +43,7 @@ use crate::state::restart::{ProgramClock, Watch as RestartWatch};
 use crate::state::signals::Signals;
 use crate::sys::memory::keep_in;
 use crate::tracee::{Ground, Stopped};
-use crate::transport::{self, Addr};
+use crate::transport::Addr;
 use files::SourceFiles;
 use undo::{abandon, has_ended};
 
@@ -63,6 +64,8 @@ pub struct Options {
     pub ship: bool,
     /// How long the program may stand still for the last pages.
     pub max_freeze: Duration,
+    /// It runs on here: only to a file.
+    pub stays: bool,
 }
 
 /// Moves a process to the pmig at `addr`.
@@ -94,9 +97,19 @@ pub fn migrate(
         Ok(frozen) => frozen,
         Err(error) => return Err(run.give_up(building, error, Some(stopped_at))),
     };
-    let committing = match run.ready(&mut building, &frozen) {
+    if let Err(error) = run.ready(&mut building, &frozen) {
+        return Err(run.thaw(building, frozen, error, stopped_at));
+    }
+    if matches!(addr, Addr::File(_)) {
+        // Who brings it back may be quicker than we, if we live at all.
+        run.note_left_behind();
+    }
+    if options.stays {
+        return run.stay(building, frozen, stopped_at, begun);
+    }
+    let committing = match building.armed.commit() {
         Ok(committing) => committing,
-        Err(error) => return Err(run.thaw(building, frozen, error, stopped_at)),
+        Err(lost) => return Err(run.thaw(building, frozen, lost.into(), stopped_at)),
     };
     // The point of no return. What fails from here on is no longer undone by
     // anything but the target's own word.
@@ -216,7 +229,7 @@ impl<'a> Run<'a> {
             files: files.describe()?,
             lineage: lineage::of(pid)?,
         };
-        let mut link = transport::connect(addr).map_err(|cause| Error::Link {
+        let mut link = checkpoint::connect(addr).map_err(|cause| Error::Link {
             peer: addr.to_string(),
             cause,
         })?;
@@ -323,7 +336,7 @@ impl<'a> Run<'a> {
         let (ground, tracker) = match prepared {
             Ok(all) => all,
             Err(error) => {
-                abandon(&armed, keeper, Some(hold), &error);
+                abandon(&armed, keeper, Some(hold), &error.to_string());
                 return Err(error);
             }
         };
@@ -497,7 +510,7 @@ impl<'a> Run<'a> {
     }
 
     /// Waits until only a thaw is left to be done at the target.
-    fn ready(&mut self, b: &mut Building, _held: &Frozen) -> Result<Committing> {
+    fn ready(&mut self, b: &mut Building, _held: &Frozen) -> Result<()> {
         self.begin(Phase::Ready);
         b.keeper.enter(Phase::Ready)?;
         let there = match answer(&mut self.wire)? {
@@ -515,10 +528,7 @@ impl<'a> Run<'a> {
                 "try again",
             )]));
         }
-        b.armed.commit().map_err(|lost| match lost {
-            Lost::Aborted { why } => Error::bad("migration", format!("was aborted: {why}")),
-            Lost::Failed(e) => e,
-        })
+        Ok(())
     }
 
     /// Sends the order to let it run, and hears when it does.
@@ -592,10 +602,8 @@ impl<'a> Run<'a> {
         if held.is_some() {
             self.forward_late_signals();
         }
-        if let Err(error) = self.files.left_behind(&self.preview.lineage) {
-            self.progress.event(&Event::Note {
-                text: format!("what was left behind could not be noted: {error}"),
-            });
+        if !matches!(self.addr, Addr::File(_)) {
+            self.note_left_behind();
         }
         if let Some((_, frozen)) = held {
             if let Err(error) = committing.release(frozen) {

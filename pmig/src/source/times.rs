@@ -7,9 +7,10 @@ use super::{answer, unexpected, Run};
 use crate::error::Result;
 use crate::phase::Phase;
 use crate::protocol::message::{Ready, ToSource, ToTarget};
-use crate::report::{Event, Summary};
+use crate::report::{End, Event, Summary};
 use crate::state::clock::{self, Difference, Reading};
 use crate::state::restart::ProgramClock;
+use crate::transport::Addr;
 
 /// Questions by which the clocks are compared.
 const PINGS: usize = 8;
@@ -29,6 +30,11 @@ impl Run<'_> {
             pid: self.pid,
             comm: self.preview.comm.clone(),
             to: self.accepted.host.clone(),
+            end: match (self.addr, self.options.stays) {
+                (Addr::File(_), false) => End::InFile,
+                (Addr::File(_), true) => End::Copied,
+                _ => End::Moved,
+            },
             total: begun.elapsed(),
             bytes_sent: self.wire.sent,
             rounds: self.rounds,

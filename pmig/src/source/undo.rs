@@ -3,15 +3,19 @@
 
 use std::time::Instant;
 
-use super::{Building, Run, FATE_PATIENCE};
+use super::{answer, unexpected, Building, Run, FATE_PATIENCE};
+use crate::checkpoint;
 use crate::error::Error;
 use crate::hold::{Frozen, Hold};
 use crate::journal::{Armed, Stage};
 use crate::keeper::Keeper;
 use crate::patience::patience;
+use crate::phase::Phase;
 use crate::proc::status::Status;
-use crate::report::{Failure, Outcome};
+use crate::protocol::message::{ToSource, ToTarget};
+use crate::report::{Event, Failure, Outcome, Summary};
 use crate::resolve::{self, Now};
+use crate::state::clock::Reading;
 
 /// Whether a process that could not be moved has ended, which shows in many
 /// errors.
@@ -40,7 +44,7 @@ impl Run<'_> {
             },
             (_, None) => Outcome::NeverStopped,
         };
-        abandon(&b.armed, b.keeper, b.hold, &error);
+        abandon(&b.armed, b.keeper, b.hold, &error.to_string());
         Failure { error, outcome }
     }
 
@@ -52,14 +56,69 @@ impl Run<'_> {
         error: Error,
         since: Instant,
     ) -> Failure {
-        match b.armed.abort(&error.to_string()) {
-            Ok(Stage::Aborted(..)) => {}
+        let outcome = match self.let_go(&b, frozen, &error.to_string(), since) {
+            Ok(hold) => {
+                let stopped = since.elapsed();
+                abandon(&b.armed, b.keeper, Some(hold), &error.to_string());
+                Outcome::RunsOn { stopped }
+            }
+            Err(outcome) => outcome,
+        };
+        Failure { error, outcome }
+    }
+
+    /// All of it is in a file, and it runs on here: that goes first.
+    pub(super) fn stay(
+        &mut self,
+        b: Building,
+        frozen: Frozen,
+        since: Instant,
+        begun: Instant,
+    ) -> std::result::Result<Summary, Failure> {
+        const WHY: &str = "it was to run on here";
+        let hold = self.let_go(&b, frozen, WHY, since).map_err(|outcome| {
+            let error = Error::bad(format!("process {}", self.pid), "was not let go on");
+            Failure { error, outcome }
+        })?;
+        let at = Reading::now();
+        let kept = self.wire.send(&ToTarget::Keep);
+        let kept = kept.and_then(|()| match answer(&mut self.wire)? {
+            ToSource::Committed { .. } => Ok(()),
+            other => Err(unexpected(&self.wire, &other)),
+        });
+        abandon(&b.armed, b.keeper, Some(hold), WHY);
+        kept.map_err(|error| Failure {
+            error,
+            outcome: Outcome::RunsOn {
+                stopped: self.stood_still(at),
+            },
+        })?;
+        let summary = self.summary(self.id.to_string(), begun, Some(at));
+        self.begin(Phase::Release);
+        self.progress.event(&Event::Done(summary.clone()));
+        Ok(summary)
+    }
+
+    /// Records ABORTED and thaws, if nothing else was decided meanwhile.
+    fn let_go(
+        &self,
+        b: &Building,
+        frozen: Frozen,
+        why: &str,
+        since: Instant,
+    ) -> std::result::Result<Hold, Outcome> {
+        let unresolved = || Outcome::Unresolved {
+            id: self.id.to_string(),
+        };
+        match b.armed.abort(why) {
+            // If it does not thaw, the keeper tries again.
+            Ok(Stage::Aborted(..)) => frozen.thaw().map_err(|_| unresolved()),
             // Whoever decided otherwise knew why; the records say what to do.
             Ok(_) | Err(_) => {
                 drop(frozen);
                 let finished =
                     resolve::finish(&b.armed, "undecided", patience(FATE_PATIENCE), || {});
-                let outcome = match finished {
+                Err(match finished {
                     Ok(Now::RunsHere) => Outcome::RunsOn {
                         stopped: since.elapsed(),
                     },
@@ -67,42 +126,25 @@ impl Run<'_> {
                     Ok(Now::Moved) => Outcome::Moved {
                         id: self.id.to_string(),
                     },
-                    _ => Outcome::Unresolved {
-                        id: self.id.to_string(),
-                    },
-                };
-                return Failure { error, outcome };
+                    _ => unresolved(),
+                })
             }
-        }
-        match frozen.thaw() {
-            Ok(hold) => {
-                let stopped = since.elapsed();
-                abandon(&b.armed, b.keeper, Some(hold), &error);
-                Failure {
-                    error,
-                    outcome: Outcome::RunsOn { stopped },
-                }
-            }
-            // The keeper tries again.
-            Err(_) => Failure {
-                error,
-                outcome: Outcome::Unresolved {
-                    id: self.id.to_string(),
-                },
-            },
         }
     }
 }
 
 /// Lets the program go on, and tells whoever has to know.
-pub(super) fn abandon(armed: &Armed, keeper: Keeper, hold: Option<Hold>, why: &Error) {
-    let aborted = armed.abort(&why.to_string());
+pub(super) fn abandon(armed: &Armed, keeper: Keeper, hold: Option<Hold>, why: &str) {
+    let aborted = armed.abort(why);
     if let Some(hold) = hold {
         if let Err(e) = hold.release() {
             tracing::warn!("the cgroup made for the migration stays: {e}");
         }
     }
     if aborted.is_ok() {
+        if let Some(addr) = &armed.record().addr {
+            checkpoint::forget(addr, armed.record().id);
+        }
         if let Err(e) = armed.settle() {
             tracing::warn!("the record of the migration stays open: {e}");
         }

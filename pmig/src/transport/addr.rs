@@ -7,12 +7,14 @@ use serde::{Deserialize, Serialize};
 /// The port of `tcp://host` where none is given.
 pub const DEFAULT_PORT: u16 = 7644;
 
-/// Where a pmig listens: `tcp://host[:port]` or `unix:/path`.
+/// What a process moves to: where a pmig listens, `tcp://host[:port]` or
+/// `unix:/path`, or a file, `file:/path`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(into = "String", try_from = "String")]
 pub enum Addr {
     Tcp { host: String, port: u16 },
     Unix(PathBuf),
+    File(PathBuf),
 }
 
 impl Addr {
@@ -25,7 +27,7 @@ impl Addr {
     pub fn host(&self) -> String {
         match self {
             Addr::Tcp { host, .. } => host.clone(),
-            Addr::Unix(path) => path.display().to_string(),
+            Addr::Unix(path) | Addr::File(path) => path.display().to_string(),
         }
     }
 }
@@ -36,6 +38,7 @@ impl fmt::Display for Addr {
             Addr::Tcp { host, port } if host.contains(':') => write!(f, "tcp://[{host}]:{port}"),
             Addr::Tcp { host, port } => write!(f, "tcp://{host}:{port}"),
             Addr::Unix(path) => write!(f, "unix:{}", path.display()),
+            Addr::File(path) => write!(f, "file:{}", path.display()),
         }
     }
 }
@@ -58,13 +61,16 @@ impl FromStr for Addr {
     type Err = String;
 
     fn from_str(s: &str) -> Result<Addr, String> {
-        if let Some(path) = s.strip_prefix("unix:") {
+        for (scheme, addr) in [("unix", Addr::Unix as fn(_) -> _), ("file", Addr::File)] {
+            let Some(path) = s.strip_prefix(scheme).and_then(|p| p.strip_prefix(':')) else {
+                continue;
+            };
             if !path.starts_with('/') {
                 return Err(format!(
-                    "{s}: a unix address is unix:/path, with an absolute path"
+                    "{s}: a {scheme} address is {scheme}:/path, with an absolute path"
                 ));
             }
-            return Ok(Addr::Unix(path.into()));
+            return Ok(addr(path.into()));
         }
         let Some(rest) = s.strip_prefix("tcp://") else {
             return Err(format!(
@@ -106,7 +112,12 @@ mod tests {
 
     #[test]
     fn addresses_are_read_as_they_are_written() {
-        for text in ["tcp://b:7644", "tcp://[::1]:9", "unix:/run/pmig.sock"] {
+        for text in [
+            "tcp://b:7644",
+            "tcp://[::1]:9",
+            "unix:/run/pmig.sock",
+            "file:/srv/x",
+        ] {
             assert_eq!(text.parse::<Addr>().unwrap().to_string(), text);
         }
         assert_eq!(
@@ -123,6 +134,7 @@ mod tests {
             "tcp://b:0",
             "tcp://b:x",
             "unix:rel",
+            "file:rel",
             "tcp://[::1",
         ] {
             assert!(text.parse::<Addr>().is_err(), "{text}");

@@ -8,7 +8,7 @@ use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
 pub use addr::{Addr, DEFAULT_PORT};
-pub use stream::{adopt, connect, Listener};
+pub use stream::{adopt, connect, pair, Listener};
 
 /// A reliable byte stream in both directions. ssh and TLS are further
 /// implementations of this trait.

@@ -1,0 +1,105 @@
+//! A process in a file.
+//!
+//! The road is that of a migration with a file in its middle. For `dump` the
+//! source runs as ever, and what it speaks to is `record`, which answers as a
+//! target would and writes down what is said. For `restore` it is a
+//! [`Player`] that says it again to a target, which runs as ever.
+//!
+//! A file has a head, the messages of one migration in their own framing, and
+//! a tail with their length and hash. It has its name only when it is whole
+//! and on the disk; until then it is `NAME.pmig-ID`. The program is gone when
+//! the file has its name, and only then: the fate of who died meanwhile is read
+//! off the two names.
+
+mod fate;
+mod file;
+mod look;
+mod play;
+mod record;
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use crate::error::{Error, Result};
+use crate::id::Id;
+use crate::image::Preview;
+use crate::protocol::fate as question;
+use crate::protocol::preface::{self, Kind};
+use crate::protocol::Wire;
+use crate::state::files::FileSet;
+use crate::state::paths::FilePath;
+use crate::transport::{self, Addr, Link};
+
+pub use look::{look, Looked};
+pub use play::{Played, Player};
+
+/// Reaches what a migration goes to: another pmig, or a file.
+///
+/// # Errors
+/// As [`transport::connect`].
+pub fn connect(addr: &Addr) -> io::Result<Box<dyn Link>> {
+    let Addr::File(path) = addr else {
+        return transport::connect(addr);
+    };
+    let (ours, theirs) = transport::pair(&path.display().to_string(), "pmig")?;
+    let path = path.clone();
+    std::thread::Builder::new()
+        .name("file".into())
+        .spawn(move || {
+            if let Err(e) = serve(&path, theirs) {
+                tracing::debug!("{}: {e}", path.display());
+            }
+        })?;
+    Ok(ours)
+}
+
+fn serve(path: &Path, mut link: Box<dyn Link>) -> Result<()> {
+    match preface::accept(&mut *link)? {
+        Kind::Migration => record::record(path, Wire::new(link)),
+        Kind::Fate => question::serve(&mut *link, |q| fate::answer(path, q)),
+    }
+}
+
+/// Clears away what was written for a migration that does not come about.
+pub fn forget(addr: &Addr, id: Id) {
+    if let Addr::File(path) = addr {
+        match std::fs::remove_file(temporary(path, id)) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                tracing::warn!("{}: {e}", temporary(path, id).display());
+            }
+            _ => {}
+        }
+    }
+}
+
+fn temporary(path: &Path, id: Id) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(format!(".pmig-{id}"));
+    name.into()
+}
+
+/// The files whose content is kept, in the order in which it is asked for:
+/// those that the program writes to.
+#[derive(Debug, Default)]
+struct Kept(Vec<FilePath>);
+
+impl Kept {
+    /// Adds those of a set that were not known; gives their places in it.
+    fn add(&mut self, set: &FileSet) -> Vec<u32> {
+        let places = (0u32..).zip(&set.files);
+        let new: Vec<_> = places
+            .filter(|(_, f)| f.uses.written && !self.0.contains(&f.path))
+            .collect();
+        self.0.extend(new.iter().map(|(_, f)| f.path.clone()));
+        new.into_iter().map(|(n, _)| n).collect()
+    }
+}
+
+/// Numbers of devices and inodes mean nothing to who reads this later.
+fn detach(preview: &mut Preview) {
+    preview.files.boot.clear();
+}
+
+fn bad(path: &Path, what: impl std::fmt::Display) -> Error {
+    Error::bad(path.display(), what)
+}

@@ -1,0 +1,121 @@
+use std::process::{Child, Stdio};
+use std::time::{Duration, Instant};
+
+use pmig::checkpoint::{Played, Player};
+use pmig::error::{printable, Context, Error, Result};
+use pmig::journal::{run_dir, state_dir, Folder};
+use pmig::patience::patience;
+use pmig::protocol::fate::Answer;
+use pmig::{resolve, transport};
+use serde::Serialize;
+
+use super::output::{error_line, json, line};
+use super::show::time;
+use super::{files, lines, say, session, Exit, Restore, Verbose};
+
+/// How long a session may take for what is to be done when the program runs.
+const TIDYING: Duration = Duration::from_secs(20);
+
+/// What `--json` prints.
+#[derive(Serialize)]
+struct Restored {
+    pid: i32,
+    comm: String,
+    notes: Vec<String>,
+}
+
+pub fn run(args: &Restore, verbose: Verbose) -> Exit {
+    resolve::sweep(&files::Shipped);
+    let begun = Instant::now();
+    match restore(args, verbose) {
+        Ok(played) if args.json => {
+            json(&Restored {
+                pid: played.pid,
+                comm: played.comm,
+                notes: played.notes,
+            });
+            Exit::Done
+        }
+        Ok(played) => {
+            for note in &played.notes {
+                line(&format!("note: {}", printable(note)));
+            }
+            line(&format!(
+                "{} {} runs, {} after you asked",
+                played.pid,
+                printable(&played.comm),
+                time(begun.elapsed())
+            ));
+            Exit::Done
+        }
+        Err(Error::Refused(obstacles)) => {
+            let file = args.file.display().to_string();
+            let plural = if obstacles.len() == 1 { "" } else { "s" };
+            error_line(&format!(
+                "pmig: what is in {} cannot run here: {} obstacle{plural}",
+                printable(&file),
+                obstacles.len()
+            ));
+            for obstacle in &obstacles {
+                error_line(&format!(
+                    "  {}",
+                    lines(&Error::Refused(vec![obstacle.clone()]))
+                ));
+            }
+            Exit::Refused
+        }
+        Err(e) => {
+            say(&e);
+            error_line("nothing was restored, and the file is as it was");
+            Exit::Other
+        }
+    }
+}
+
+fn restore(args: &Restore, verbose: Verbose) -> Result<Played> {
+    let player = Player::open(&args.file)?;
+    Folder::at(&state_dir())?;
+    Folder::at(&run_dir())?;
+    let name = args.file.display().to_string();
+    let (ours, theirs) = transport::pair("the target", &name).context("make", "a connection")?;
+    // What goes wrong there is said here too.
+    let log = match verbose.level {
+        0 => Stdio::null(),
+        _ => Stdio::inherit(),
+    };
+    let mut child = session::start(theirs, verbose, log)?;
+    let (question, whom) = (player.question(), player.whom());
+    let played = player.play(ours);
+    if played.is_ok() {
+        if !tidied_up(&mut child) {
+            // The program does not need it any more, and others can do the rest.
+            end(&mut child);
+            resolve::sweep_arrivals(&files::Shipped);
+        }
+        return played;
+    }
+    end(&mut child);
+    // Its records know best, whatever was heard of it.
+    match resolve::answer(&question, &files::Shipped) {
+        Answer::Committed => Ok(whom),
+        _ => played,
+    }
+}
+
+fn end(child: &mut Child) {
+    let _ = child.kill();
+    let _ = child.wait();
+}
+
+/// Waits for a session that has nothing more to do than that.
+fn tidied_up(child: &mut Child) -> bool {
+    let until = Instant::now() + patience(TIDYING);
+    while Instant::now() < until {
+        match child.try_wait() {
+            Ok(None) => std::thread::sleep(Duration::from_millis(2)),
+            Ok(Some(status)) => return status.success(),
+            Err(_) => return false,
+        }
+    }
+    false
+}
