@@ -47,7 +47,14 @@ const MAP: &[(&str, &[&str])] = &[
     ),
     (
         "resolve",
-        &["checkpoint", "hold", "id", "journal", "protocol"],
+        &[
+            "checkpoint",
+            "hold",
+            "id",
+            "journal",
+            "protocol",
+            "transport",
+        ],
     ),
     (
         "keeper",

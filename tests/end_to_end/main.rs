@@ -7,6 +7,7 @@ mod dumping;
 #[path = "../faults/mod.rs"]
 mod faults;
 mod hosts;
+mod listing;
 mod moving;
 mod refusing;
 mod surviving;
@@ -18,6 +19,7 @@ fn main() -> ExitCode {
     let mut trials: Vec<Trial> = Vec::new();
     trials.extend(hosts::trials());
     trials.extend(moving::trials());
+    trials.extend(listing::trials());
     trials.extend(dumping::trials());
     trials.extend(refusing::trials());
     trials.extend(surviving::trials());

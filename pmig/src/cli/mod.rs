@@ -6,6 +6,7 @@ mod inspect;
 mod machine;
 mod migrate;
 mod output;
+mod ps;
 mod resolve;
 mod restore;
 mod serve;
@@ -85,6 +86,8 @@ enum Command {
     /// Say what this machine can do, or what stands in the way of moving a
     /// process.
     Check(Check),
+    /// List what came to this machine, what left it, and what is on its way.
+    Ps(Ps),
     /// Settle migrations whose end the two machines have not agreed on.
     Resolve(Resolve),
     /// One migration's part of serve: its connection is standard input.
@@ -270,6 +273,16 @@ pub struct Check {
 }
 
 #[derive(Debug, Args)]
+pub struct Ps {
+    /// Also what was to move and did not.
+    #[arg(short, long)]
+    all: bool,
+    /// Print one JSON object.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Args)]
 pub struct Resolve {
     /// Only this migration.
     id: Option<Id>,
@@ -303,6 +316,7 @@ pub fn run() -> ExitCode {
         Command::Restore(args) => restore::run(&args, cli.verbose),
         Command::Inspect(args) => inspect::run(&args),
         Command::Check(args) => check::run(&args),
+        Command::Ps(args) => ps::run(&args),
         Command::Resolve(args) => resolve::run(&args),
         Command::Session(args) => session::run(&args),
         Command::Keeper { id } => match keeper::run(id) {

@@ -34,10 +34,14 @@ use crate::hold::Place;
 use crate::id::{Id, Secret};
 use crate::transport::Addr;
 
-pub use source::{open as open_source, Armed, Committing, Lost, Order, Stage, Verdict};
+pub use source::{
+    open as open_source, see as see_source, Armed, Committing, Lost, Order, Stage, Verdict,
+};
 pub use store::Folder;
 use store::Prepared;
-pub use target::{look, open as open_target, Aborted, Committed, Fate, Husk, Looked, NeverRan};
+pub use target::{
+    look, open as open_target, see as see_target, Aborted, Committed, Fate, Husk, Looked, NeverRan,
+};
 
 /// Settled records are kept this long, to be asked and looked at.
 const KEEP_FOR: Duration = Duration::from_secs(30 * 24 * 3600);
@@ -307,6 +311,30 @@ pub fn unsettled(role: Role) -> Result<Vec<Id>> {
     }
     ids.sort();
     Ok(ids)
+}
+
+/// The migrations of a role that are settled, in no order.
+pub fn settled(role: Role) -> Result<Vec<Id>> {
+    let all = folder(role)?;
+    let mut ids = Vec::new();
+    for name in all.names()? {
+        let Ok(id) = name.parse::<Id>() else { continue };
+        if all
+            .find(&name)?
+            .is_some_and(|one| one.has("settled").unwrap_or(false))
+        {
+            ids.push(id);
+        }
+    }
+    Ok(ids)
+}
+
+/// Opens a record only to look at it, whoever works on it.
+fn see(role: Role, id: Id) -> Result<Option<Entry>> {
+    match folder(role)?.find(&id.to_string())? {
+        Some(folder) => Entry::open(folder, role, id, None),
+        None => Ok(None),
+    }
 }
 
 /// Deletes settled records that are old, or too many.

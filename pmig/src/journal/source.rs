@@ -270,6 +270,11 @@ impl From<Lost> for Error {
     }
 }
 
+/// Looks at a migration beside whoever works on it.
+pub fn see(id: Id) -> Result<Option<Armed>> {
+    Ok(super::see(Role::Source, id)?.map(|entry| Armed(Arc::new(entry))))
+}
+
 /// Takes over a migration whose pmig and keeper are dead.
 pub fn open(id: Id) -> Result<Found<Armed>> {
     Ok(match claim(Role::Source, id)? {

@@ -2,6 +2,7 @@
 //! what every later command does for those whose keeper died too, and what a
 //! person decides where the machines cannot.
 
+mod past;
 mod person;
 mod source;
 mod target;
@@ -13,6 +14,7 @@ use crate::hold;
 use crate::id::Id;
 use crate::journal::{self, Role};
 
+pub use past::{known, Known, Past, Whereabouts};
 pub use person::{resolve, unresolved, How, Resolved, Unresolved};
 pub use source::{abandon, ask, finish, settle, Now};
 pub use target::answer;
