@@ -61,7 +61,7 @@ fn listed(lab: &Lab) -> Result<()> {
     dump(a, &program, "/srv/work/x", "", &[])?.ok()?;
     says(a, program.pid, &["in_file /srv/work/x", "left b"])?;
     let screen = a.sh("pmig ps")?;
-    ensure!(screen.contains("in /srv/work/x"), "{screen}");
+    ensure!(screen.contains("was written to /srv/work/x"), "{screen}");
     a.sh("pmig restore /srv/work/x")?;
     a.signal(program.pid, 9)?;
     wait("its end", LIMIT, || {

@@ -202,8 +202,8 @@ impl<'a> Cell<'a> {
     }
 
     /// Starts to write the program to a file.
-    pub fn dump(&self, program: Program, env: &[(&str, &str)]) -> Result<Moving> {
-        let words = format!("dump {} -o {} --json -v", program.pid, self.file());
+    pub fn dump(&self, program: Program, more: &str, env: &[(&str, &str)]) -> Result<Moving> {
+        let words = format!("dump {} -o {} --json -v {more}", program.pid, self.file());
         self.begin(&words, env)
     }
 

@@ -40,15 +40,44 @@ pub fn trials() -> Vec<Trial> {
                     meet(&cell, &text, fault).with_context(|| format!("logs: {}", cell.log()))
                 };
                 trials.push(Trial::new(Make::Netns, claim, body).bare());
+                if kind == Kind::Kill {
+                    let text = format!("{phase}:{kind_name}:{role_name}");
+                    let claim = format!(
+                        "faults::{}_{role_name}_at_{phase}_of_a_copy_leaves_it_running",
+                        done_to(kind)
+                    );
+                    let body = move |lab: &Lab| {
+                        let cell = Cell::new(lab, &format!("copy:{text}"))?;
+                        stays(&cell, &text).with_context(|| format!("logs: {}", cell.log()))
+                    };
+                    trials.push(Trial::new(Make::Netns, claim, body).bare());
+                }
             }
         }
     }
     trials
 }
 
+fn stays(cell: &Cell, name: &str) -> Result<()> {
+    let program = cell.start()?;
+    let dumping = cell.dump(program, "--leave-running", &[("PMIG_FAULT", name)])?;
+    let said = cell
+        .said(dumping, LIMIT)?
+        .context("pmig dump does not end")?;
+    if cell.a.sh(&format!("test -e {}", cell.file())).is_ok() {
+        let words = format!("inspect {}", cell.file());
+        cell.a.exec(&cell.pmig(&words, &[]))?.ok()?;
+    } else {
+        ensure!(said.status != Status::Code(0), "{}", said.text);
+    }
+    let place = cell.finish(program).context(said.text)?.name();
+    ensure!(place == "a", "it runs on {place}");
+    cell.clean(cell.patience(Duration::from_secs(150)) + Duration::from_secs(10))
+}
+
 fn meet(cell: &Cell, name: &str, fault: Fault) -> Result<()> {
     let program = cell.start()?;
-    let dumping = cell.dump(program, &[("PMIG_FAULT", name)])?;
+    let dumping = cell.dump(program, "", &[("PMIG_FAULT", name)])?;
     let hangs = (fault.role, fault.kind) == (Role::Source, Kind::Stall);
     let person = hangs && fault.phase < Phase::Freeze;
     let within = match person {
@@ -86,7 +115,7 @@ fn meet(cell: &Cell, name: &str, fault: Fault) -> Result<()> {
 
 fn come_back(cell: &Cell, name: &str) -> Result<()> {
     let program = cell.start()?;
-    let dumping = cell.dump(program, &[])?;
+    let dumping = cell.dump(program, "", &[])?;
     let dumped = cell
         .said(dumping, LIMIT)?
         .context("pmig dump does not end")?;

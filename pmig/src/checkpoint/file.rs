@@ -5,7 +5,9 @@ use std::io::{self, BufReader, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use super::{bad, temporary};
+use nix::fcntl::{renameat2, RenameFlags, AT_FDCWD};
+
+use super::{bad, never, temporary};
 use crate::error::{Context, Error, Result};
 use crate::id::Id;
 use crate::protocol::message::{ToTarget, MAX_RAW};
@@ -28,6 +30,16 @@ pub struct Writer {
     hash: blake3::Hasher,
     length: u64,
     unsynced: u64,
+    whole: bool,
+}
+
+impl Drop for Writer {
+    /// What is not whole nobody will ask for, and it takes room.
+    fn drop(&mut self) {
+        if !self.whole {
+            let _ = std::fs::remove_file(&self.temporary);
+        }
+    }
 }
 
 impl Writer {
@@ -35,12 +47,18 @@ impl Writer {
     /// The name is taken, or the file cannot be made.
     pub fn create(path: &Path, id: Id) -> Result<Writer> {
         let temporary = temporary(path, id);
+        let first = never(path, id);
         let file = OpenOptions::new()
             .write(true)
             .create_new(true)
             .mode(0o600)
-            .open(&temporary)
-            .context("create", temporary.display())?;
+            .open(&first)
+            .context("create", first.display())?;
+        // By the kind of rename that will give it its name: better found out now.
+        if let Err(e) = rename(&first, &temporary) {
+            let _ = std::fs::remove_file(&first);
+            return Err(e).context("rename without replacing anything to", temporary.display());
+        }
         let mut writer = Writer {
             path: path.to_owned(),
             temporary,
@@ -48,6 +66,7 @@ impl Writer {
             hash: blake3::Hasher::new(),
             length: 0,
             unsynced: 0,
+            whole: false,
         };
         let head = [&MAGIC[..], &preface::VERSION.to_le_bytes(), id.bytes()].concat();
         writer.write(&head)?;
@@ -89,22 +108,33 @@ impl Writer {
         let hash = self.hash.finalize();
         let tail = [&END[..], &self.length.to_le_bytes(), hash.as_bytes()].concat();
         self.write(&tail)?;
-        self.sync()
+        self.sync()?;
+        self.sync_names()?;
+        self.whole = true;
+        Ok(())
+    }
+
+    /// Whichever of its names it has now survives the machine.
+    fn sync_names(&self) -> Result<()> {
+        let directory = self.path.parent().unwrap_or(Path::new("/"));
+        File::open(directory)
+            .and_then(|d| d.sync_all())
+            .context("sync", directory.display())
     }
 
     /// Gives it its name, for good.
     ///
     /// # Errors
-    /// The name is taken by now; those of link(2).
+    /// The name is taken by now; those of rename(2).
     pub fn publish(&self) -> Result<()> {
-        std::fs::hard_link(&self.temporary, &self.path)
-            .context("give the file its name", self.path.display())?;
-        let directory = self.path.parent().unwrap_or(Path::new("/"));
-        File::open(directory)
-            .and_then(|d| d.sync_all())
-            .context("sync", directory.display())?;
-        std::fs::remove_file(&self.temporary).context("remove", self.temporary.display())
+        rename(&self.temporary, &self.path).context("give its name to", self.path.display())?;
+        self.sync_names()
     }
+}
+
+/// Gives a file another name that nobody has.
+fn rename(from: &Path, to: &Path) -> nix::Result<()> {
+    renameat2(AT_FDCWD, from, AT_FDCWD, to, RenameFlags::RENAME_NOREPLACE)
 }
 
 /// Of which migration a file is; none where it is no such file, or not whole.
@@ -112,7 +142,7 @@ impl Writer {
 /// # Errors
 /// It cannot be read.
 pub fn id_of(path: &Path) -> io::Result<Option<Id>> {
-    let mut file = match File::open(path) {
+    let mut file = match quietly(path) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
         file => file?,
     };
@@ -124,6 +154,14 @@ pub fn id_of(path: &Path) -> io::Result<Option<Id>> {
     let (magic, rest) = head.split_at(10);
     let id: [u8; 16] = rest.try_into().unwrap_or_default();
     Ok((magic[..8] == MAGIC).then(|| Id::from_bytes(id)))
+}
+
+/// Opens what may be anything, and does not wait for it.
+fn quietly(path: &Path) -> io::Result<File> {
+    OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path)
 }
 
 /// A whole file being read.
@@ -143,7 +181,7 @@ impl Reader {
     /// [`Error::Bad`] where it is not one, of another version, cut, or altered.
     pub fn open(path: &Path) -> Result<Reader> {
         let object = path.display();
-        let mut file = File::open(path).context("open", object)?;
+        let mut file = quietly(path).context("open", object)?;
         let meta = file.metadata().context("look at", path.display())?;
         if !meta.is_file() {
             return Err(bad(path, "is not a regular file"));

@@ -18,7 +18,7 @@ pub struct Looked {
     pub id: String,
     /// Bytes of the file.
     pub size: u64,
-    /// As it was when the dump began.
+    /// As it was when the dump began, but for files: those are all.
     pub preview: Preview,
     /// Its mappings at the end.
     pub layout: Layout,
@@ -42,11 +42,13 @@ pub fn look(path: &Path) -> Result<Looked> {
         return Err(bad(path, "does not begin with a process"));
     };
     let (mut memory, mut rounds) = (0, 0);
-    let mut layout = hello.preview.layout.clone();
+    let mut preview = hello.preview;
+    let mut layout = preview.layout.clone();
     let (mut last, mut shipped) = (None, None);
     while let Some(message) = file.next(&mut raw)? {
         match message {
             ToTarget::Layout(now) => layout = now,
+            ToTarget::Files(now) => preview.files = now,
             ToTarget::Pages(_) => memory += raw.len() as u64,
             ToTarget::RoundEnd => rounds += 1,
             ToTarget::Final(end) => last = Some(*end),
@@ -58,7 +60,7 @@ pub fn look(path: &Path) -> Result<Looked> {
     Ok(Looked {
         id: file.id.to_string(),
         size: file.size,
-        preview: hello.preview,
+        preview,
         layout,
         last: last.ok_or_else(no_end)?,
         memory,

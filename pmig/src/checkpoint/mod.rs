@@ -8,8 +8,8 @@
 //! A file has a head, the messages of one migration in their own framing, and
 //! a tail with their length and hash. It has its name only when it is whole
 //! and on the disk; until then it is `NAME.pmig-ID`. The program is gone when
-//! the file has its name, and only then: the fate of who died meanwhile is read
-//! off the two names.
+//! the file has its name, and only then: what became of a dump whose pmig died
+//! is read off the names (`fate`).
 
 mod fate;
 mod file;
@@ -20,13 +20,13 @@ mod record;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Obstacle, Result};
 use crate::id::Id;
 use crate::image::Preview;
 use crate::protocol::fate as question;
 use crate::protocol::preface::{self, Kind};
 use crate::protocol::Wire;
-use crate::state::files::FileSet;
+use crate::state::files::{FileRef, FileSet};
 use crate::state::paths::FilePath;
 use crate::transport::{self, Addr, Link};
 
@@ -63,13 +63,34 @@ fn serve(path: &Path, mut link: Box<dyn Link>) -> Result<()> {
 /// Clears away what was written for a migration that does not come about.
 pub fn forget(addr: &Addr, id: Id) {
     if let Addr::File(path) = addr {
-        match std::fs::remove_file(temporary(path, id)) {
+        forget_at(path, id);
+    }
+}
+
+fn forget_at(path: &Path, id: Id) {
+    for name in [temporary(path, id), never(path, id)] {
+        match std::fs::remove_file(&name) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => {
-                tracing::warn!("{}: {e}", temporary(path, id).display());
+                tracing::warn!("{}: {e}", name.display());
             }
             _ => {}
         }
     }
+}
+
+/// Whether that migration's file is whole and has its name.
+pub fn is_whole(addr: &Addr, id: Id) -> bool {
+    match addr {
+        Addr::File(path) => file::id_of(path).is_ok_and(|found| found == Some(id)),
+        _ => false,
+    }
+}
+
+/// What it is called when it was decided that it never gets its name.
+fn never(path: &Path, id: Id) -> PathBuf {
+    let mut name = temporary(path, id).into_os_string();
+    name.push(".never");
+    name.into()
 }
 
 fn temporary(path: &Path, id: Id) -> PathBuf {
@@ -82,6 +103,25 @@ fn temporary(path: &Path, id: Id) -> PathBuf {
 /// those that the program writes to.
 #[derive(Debug, Default)]
 struct Kept(Vec<FilePath>);
+
+/// Files that the program only read when they were described first: their
+/// content is not kept, and described as it is no more.
+fn written_since(before: &FileSet, now: &FileSet) -> Vec<Obstacle> {
+    let only_read = |f: &&FileRef| {
+        let then = before.files.iter().find(|b| b.path == f.path);
+        f.uses.written && then.is_some_and(|then| !then.uses.written)
+    };
+    let since = now.files.iter().filter(only_read);
+    since
+        .map(|f| {
+            Obstacle::new(
+                format!("file {}", f.path),
+                "was opened for writing while the program was being copied",
+                "try again",
+            )
+        })
+        .collect()
+}
 
 impl Kept {
     /// Adds those of a set that were not known; gives their places in it.

@@ -6,7 +6,7 @@ use std::time::Duration;
 use nix::unistd::AccessFlags;
 
 use super::file::Writer;
-use super::{detach, Kept};
+use super::{detach, written_since, Kept};
 use crate::error::{Context, Error, Obstacle, Result};
 use crate::protocol::message::{Accepted, Hello, Ready, ToSource, ToTarget, MAX_RAW};
 use crate::protocol::Wire;
@@ -56,6 +56,7 @@ fn hear(path: &Path, wire: &mut Wire) -> Result<()> {
     };
     let directory = path.parent().unwrap_or(Path::new("/"));
     nix::unistd::access(directory, AccessFlags::W_OK).context("write to", directory.display())?;
+    let mut files = hello.preview.files.clone();
     let mut hello = Some(hello);
     let mut writer = None;
     wire.send(&ToSource::Accepted(accepted))?;
@@ -89,6 +90,11 @@ fn hear(path: &Path, wire: &mut Wire) -> Result<()> {
         };
         match message {
             ToTarget::Files(mut set) => {
+                let obstacles = written_since(&files, &set);
+                if !obstacles.is_empty() {
+                    return Err(Error::Refused(obstacles));
+                }
+                files = set.clone();
                 wire.send(&ToSource::Ship(kept.add(&set)))?;
                 set.boot.clear();
                 writer.put(&ToTarget::Files(set), &[])?;

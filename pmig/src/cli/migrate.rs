@@ -26,6 +26,14 @@ pub fn dump(args: &Dump) -> Exit {
             return Exit::Other;
         }
     };
+    // Records keep it as text.
+    if file.to_str().is_none() {
+        say(&Error::bad(
+            file.display(),
+            "a name for a file must be UTF-8",
+        ));
+        return Exit::Usage;
+    }
     go(args.pid, &Addr::File(file), &args.options(), args.json)
 }
 

@@ -61,7 +61,9 @@ fn place(one: &Past) -> String {
         (Whereabouts::Here, _) => format!("runs here, from {peer}"),
         (Whereabouts::Ended, _) => format!("has ended here, from {peer}"),
         (Whereabouts::Left, _) => format!("left for {peer}"),
-        (Whereabouts::InFile, _) => format!("in {peer}"),
+        (Whereabouts::InFile, _) => format!("was written to {peer}"),
+        (Whereabouts::Unknown, Role::Source) => format!("was to go to {peer}; unknown since"),
+        (Whereabouts::Unknown, Role::Target) => format!("was to come from {peer}; unknown since"),
         (Whereabouts::Stayed, Role::Source) => format!("stayed here, was to go to {peer}"),
         (Whereabouts::Stayed, Role::Target) => format!("did not come from {peer}"),
     }
@@ -106,7 +108,7 @@ mod tests {
                 "     PID  NAME                  AGO  WHERE",
                 "       7  si\\nm                 2 h  left for b",
                 "    4242  si\\nm              16 min  runs here, from b",
-                "       9  si\\nm                10 s  in /srv/x",
+                "       9  si\\nm                10 s  was written to /srv/x",
             ]
         );
     }

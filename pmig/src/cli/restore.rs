@@ -3,7 +3,8 @@ use std::time::{Duration, Instant};
 
 use pmig::checkpoint::{Played, Player};
 use pmig::error::{printable, Context, Error, Result};
-use pmig::journal::{run_dir, state_dir, Folder};
+use pmig::id::Id;
+use pmig::journal::{self, run_dir, state_dir, Folder};
 use pmig::patience::patience;
 use pmig::protocol::fate::Answer;
 use pmig::{resolve, transport};
@@ -64,6 +65,11 @@ pub fn run(args: &Restore, verbose: Verbose) -> Exit {
             }
             Exit::Refused
         }
+        // Said only of that.
+        Err(e @ Error::Peer { .. }) => {
+            say(&e);
+            Exit::Unresolved
+        }
         Err(e) => {
             say(&e);
             error_line("nothing was restored, and the file is as it was");
@@ -98,6 +104,13 @@ fn restore(args: &Restore, verbose: Verbose) -> Result<Played> {
     // Its records know best, whatever was heard of it.
     match resolve::answer(&question, &files::Shipped) {
         Answer::Committed => Ok(whom),
+        Answer::Unknown(why) if known(question.id) => Err(Error::Peer {
+            host: name,
+            what: format!(
+                "whether it runs is not known: {why}; pmig resolve {}",
+                question.id
+            ),
+        }),
         _ => played,
     }
 }
@@ -105,6 +118,11 @@ fn restore(args: &Restore, verbose: Verbose) -> Result<Played> {
 fn end(child: &mut Child) {
     let _ = child.kill();
     let _ = child.wait();
+}
+
+/// Whether there is a record by which it can be resolved.
+fn known(id: Id) -> bool {
+    journal::see_target(id).is_ok_and(|record| record.is_some())
 }
 
 /// Waits for a session that has nothing more to do than that.

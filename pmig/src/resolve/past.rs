@@ -24,6 +24,8 @@ pub enum Whereabouts {
     InFile,
     /// It was to leave, or to come, and did not.
     Stayed,
+    /// The machine was booted anew before it was decided, or a person decided.
+    Unknown,
 }
 
 /// A migration that is settled.
@@ -60,6 +62,8 @@ pub fn known() -> Result<Known> {
     let open = unresolved()?;
     let mut past = Vec::new();
     let mut left = BTreeSet::new();
+    let going = open.iter().filter(|one| one.role == Role::Source);
+    let leaving: BTreeSet<i32> = going.map(|one| one.pid).collect();
     // Those that left first: who left again is not here.
     for role in [Role::Source, Role::Target] {
         for id in journal::settled(role)? {
@@ -75,6 +79,8 @@ pub fn known() -> Result<Known> {
                             left.insert(process);
                         }
                         Role::Target if left.contains(&process) => continue,
+                        // That is said there.
+                        Role::Target if leaving.contains(&record.pid) => continue,
                         _ => {}
                     }
                     past.push(describe(record, whereabouts));
@@ -93,6 +99,8 @@ fn of_source(id: Id) -> Result<Option<(Record, Whereabouts)>> {
         return Ok(None);
     };
     let whereabouts = match armed.stage()? {
+        Stage::Decided(_, Verdict::Moved { why }) if why.contains("person") => Whereabouts::Unknown,
+        Stage::Armed(_) | Stage::Committing(_) => Whereabouts::Unknown,
         Stage::Decided(_, Verdict::Moved { .. }) => match armed.record().addr {
             Some(Addr::File(_)) => Whereabouts::InFile,
             _ => Whereabouts::Left,

@@ -7,6 +7,7 @@ use crate::id::Id;
 use crate::journal::{self, Armed, Committing, Found, Record, Stage, Verdict};
 use crate::protocol::fate::{self, Answer, Question, What};
 use crate::protocol::preface;
+use crate::transport::Addr;
 
 /// Between two questions to a target that didn't answer.
 const PAUSE: Duration = Duration::from_secs(1);
@@ -93,6 +94,10 @@ pub fn settle(
 /// # Errors
 /// The husk may still be held there; it never runs unless a person says so.
 pub fn abandon(record: &Record, patience: Duration) -> Result<()> {
+    if let Some(addr @ Addr::File(_)) = &record.addr {
+        checkpoint::forget(addr, record.id);
+        return Ok(());
+    }
     let start = Instant::now();
     loop {
         match ask(record, What::Abandon) {
@@ -163,6 +168,9 @@ pub(super) fn act(armed: &Armed, verdict: &Verdict) -> Result<Now> {
         }
     };
     armed.settle()?;
+    if let (Verdict::RunsHere { .. }, Some(addr)) = (verdict, &record.addr) {
+        checkpoint::forget(addr, record.id);
+    }
     Ok(now)
 }
 

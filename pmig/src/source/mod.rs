@@ -100,10 +100,6 @@ pub fn migrate(
     if let Err(error) = run.ready(&mut building, &frozen) {
         return Err(run.thaw(building, frozen, error, stopped_at));
     }
-    if matches!(addr, Addr::File(_)) {
-        // Who brings it back may be quicker than we, if we live at all.
-        run.note_left_behind();
-    }
     if options.stays {
         return run.stay(building, frozen, stopped_at, begun);
     }
@@ -534,6 +530,10 @@ impl<'a> Run<'a> {
     /// Sends the order to let it run, and hears when it does.
     fn commit(&mut self, b: &mut Building, committing: &Committing) -> Result<Reading> {
         self.laps.add("recorded");
+        if matches!(self.addr, Addr::File(_)) {
+            // Who brings it back may be quicker than we, if we live at all.
+            self.note_left_behind();
+        }
         self.wire.send(&ToTarget::Commit(committing.order()))?;
         self.begin(Phase::Commit);
         // The keeper is woken when nobody waits for it. From here on the

@@ -3,7 +3,7 @@
 
 use std::time::Instant;
 
-use super::{answer, unexpected, Building, Run, FATE_PATIENCE};
+use super::{answer, unexpected, Building, Run, FATE_PATIENCE, PATIENCE};
 use crate::checkpoint;
 use crate::error::Error;
 use crate::hold::{Frozen, Hold};
@@ -70,7 +70,7 @@ impl Run<'_> {
     /// All of it is in a file, and it runs on here: that goes first.
     pub(super) fn stay(
         &mut self,
-        b: Building,
+        mut b: Building,
         frozen: Frozen,
         since: Instant,
         begun: Instant,
@@ -81,11 +81,18 @@ impl Run<'_> {
             Failure { error, outcome }
         })?;
         let at = Reading::now();
+        // Nothing stands still any more.
+        let _ = b.keeper.running();
+        let _ = self.wire.set_deadline(patience(PATIENCE));
         let kept = self.wire.send(&ToTarget::Keep);
         let kept = kept.and_then(|()| match answer(&mut self.wire)? {
             ToSource::Committed { .. } => Ok(()),
             other => Err(unexpected(&self.wire, &other)),
         });
+        let kept = match kept {
+            Err(_) if checkpoint::is_whole(self.addr, self.id) => Ok(()),
+            kept => kept,
+        };
         abandon(&b.armed, b.keeper, Some(hold), WHY);
         kept.map_err(|error| Failure {
             error,
