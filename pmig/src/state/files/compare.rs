@@ -134,7 +134,8 @@ fn plan(
             why + ", left by the program itself",
             "add --files ship",
         ),
-        (false, _) if file.uses.written => {
+        (false, true) if file.uses.written => refuse(file, why, "move that file away there"),
+        (false, false) if file.uses.written => {
             refuse(file, why, "move that file away there, and add --files ship")
         }
         (false, _) => refuse(file, why, "install the same one there"),
