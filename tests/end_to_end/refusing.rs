@@ -217,9 +217,17 @@ fn garbage(lab: &Lab) -> Result<()> {
 fn pid_taken(lab: &Lab) -> Result<()> {
     let expected = unmoved(lab.a(), "iterative lines=200", QUICK)?;
     let program = Program::start(lab.a(), "iterative lines=200")?;
+    // Others start processes there too: it takes some tries. Whoever starts one
+    // afterwards gets a PID of b's own again.
     let line = format!(
-        "echo {} > /proc/sys/kernel/ns_last_pid; sleep 30 >/dev/null 2>&1 & echo $!",
-        program.pid - 1
+        "for i in $(seq 50); do
+             echo {} > /proc/sys/kernel/ns_last_pid; sleep 30 >/dev/null 2>&1 &
+             [ $! = {} ] && break
+             kill $!
+         done
+         echo 20500 > /proc/sys/kernel/ns_last_pid; echo $!",
+        program.pid - 1,
+        program.pid
     );
     let taken = lab.b().sh(&line)?;
     ensure!(taken.trim() == program.pid.to_string(), "got {taken}");
@@ -230,7 +238,6 @@ fn pid_taken(lab: &Lab) -> Result<()> {
     );
     moved.failed(moved.status.code(), &[&program.pid.to_string()])?;
     lab.b().signal(program.pid, 9)?;
-    lab.b().sh("echo 20500 > /proc/sys/kernel/ns_last_pid")?;
     runs_on(lab.a(), &program, &expected)
 }
 
