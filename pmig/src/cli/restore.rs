@@ -2,7 +2,7 @@ use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
 use pmig::checkpoint::{Played, Player};
-use pmig::error::{printable, Context, Error, Result};
+use pmig::error::{printable, Context, Error};
 use pmig::id::Id;
 use pmig::journal::{self, run_dir, state_dir, Folder};
 use pmig::patience::patience;
@@ -49,7 +49,11 @@ pub fn run(args: &Restore, verbose: Verbose) -> Exit {
             ));
             Exit::Done
         }
-        Err(Error::Refused(obstacles)) => {
+        Err(Unrestored::Unsure(why)) => {
+            error_line(&format!("pmig: {}", printable(&why)));
+            Exit::Unresolved
+        }
+        Err(Unrestored::Nothing(Error::Refused(obstacles))) => {
             let file = args.file.display().to_string();
             let plural = if obstacles.len() == 1 { "" } else { "s" };
             error_line(&format!(
@@ -65,12 +69,7 @@ pub fn run(args: &Restore, verbose: Verbose) -> Exit {
             }
             Exit::Refused
         }
-        // Said only of that.
-        Err(e @ Error::Peer { .. }) => {
-            say(&e);
-            Exit::Unresolved
-        }
-        Err(e) => {
+        Err(Unrestored::Nothing(e)) => {
             say(&e);
             error_line("nothing was restored, and the file is as it was");
             Exit::Other
@@ -78,7 +77,21 @@ pub fn run(args: &Restore, verbose: Verbose) -> Exit {
     }
 }
 
-fn restore(args: &Restore, verbose: Verbose) -> Result<Played> {
+/// Why a program was not seen to run.
+enum Unrestored {
+    /// It does not, and never will by this.
+    Nothing(Error),
+    /// Its records do not say.
+    Unsure(String),
+}
+
+impl From<Error> for Unrestored {
+    fn from(error: Error) -> Unrestored {
+        Unrestored::Nothing(error)
+    }
+}
+
+fn restore(args: &Restore, verbose: Verbose) -> Result<Played, Unrestored> {
     let player = Player::open(&args.file)?;
     Folder::at(&state_dir())?;
     Folder::at(&run_dir())?;
@@ -98,20 +111,17 @@ fn restore(args: &Restore, verbose: Verbose) -> Result<Played> {
             end(&mut child);
             resolve::sweep_arrivals(&files::Shipped);
         }
-        return played;
+        return Ok(played?);
     }
     end(&mut child);
     // Its records know best, whatever was heard of it.
     match resolve::answer(&question, &files::Shipped) {
         Answer::Committed => Ok(whom),
-        Answer::Unknown(why) if known(question.id) => Err(Error::Peer {
-            host: name,
-            what: format!(
-                "whether it runs is not known: {why}; pmig resolve {}",
-                question.id
-            ),
-        }),
-        _ => played,
+        Answer::Unknown(why) if known(question.id) => Err(Unrestored::Unsure(format!(
+            "whether what is in {name} runs is not known: {why}; pmig resolve {}",
+            question.id
+        ))),
+        _ => Ok(played?),
     }
 }
 

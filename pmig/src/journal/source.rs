@@ -64,6 +64,17 @@ pub enum Verdict {
     RunsHere { why: String },
 }
 
+/// Why a verdict that is a person's stands.
+const BY_HAND: &str = "a person said so";
+
+impl Verdict {
+    /// Whether a person gave it, who may know less than the target.
+    pub fn is_by_hand(&self) -> bool {
+        let (Verdict::Moved { why } | Verdict::RunsHere { why }) = self;
+        why == BY_HAND
+    }
+}
+
 /// Where the record stands.
 #[derive(Debug)]
 pub enum Stage {
@@ -203,7 +214,7 @@ impl Committing {
 
     /// A person's word, where the target can say nothing.
     pub fn by_hand(&self, runs_here: bool) -> Result<Verdict> {
-        let why = "a person said so".into();
+        let why = BY_HAND.into();
         self.decide(if runs_here {
             Verdict::RunsHere { why }
         } else {

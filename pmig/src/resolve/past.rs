@@ -99,7 +99,9 @@ fn of_source(id: Id) -> Result<Option<(Record, Whereabouts)>> {
         return Ok(None);
     };
     let whereabouts = match armed.stage()? {
-        Stage::Decided(_, Verdict::Moved { why }) if why.contains("person") => Whereabouts::Unknown,
+        Stage::Decided(_, verdict @ Verdict::Moved { .. }) if verdict.is_by_hand() => {
+            Whereabouts::Unknown
+        }
         Stage::Armed(_) | Stage::Committing(_) => Whereabouts::Unknown,
         Stage::Decided(_, Verdict::Moved { .. }) => match armed.record().addr {
             Some(Addr::File(_)) => Whereabouts::InFile,

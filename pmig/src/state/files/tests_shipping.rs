@@ -189,14 +189,20 @@ fn an_aborted_receiver_leaves_nothing() {
     assert_eq!(p.names().len(), 2);
 }
 
+/// A file that has come whole, and has no place yet.
+fn received(p: &Place) -> Move {
+    fs::write(p.on("data"), b"state").unwrap();
+    let file = File::open(p.on("data")).unwrap();
+    let mut m = Move::begin(p, &file, 1 << 20);
+    let pass = m.pass();
+    m.receiver.finish(0, pass.size, pass.mtime).unwrap();
+    m
+}
+
 #[test]
 fn a_file_that_appeared_meanwhile_is_not_overwritten() {
     let p = Place::new();
-    fs::write(p.on("data"), b"state").unwrap();
-    let file = File::open(p.on("data")).unwrap();
-    let mut m = Move::begin(&p, &file, 1 << 20);
-    let pass = m.pass();
-    m.receiver.finish(0, pass.size, pass.mtime).unwrap();
+    let mut m = received(&p);
     fs::write(p.on("copy"), b"somebody's").unwrap();
     assert!(m.receiver.check().is_err());
     let e = m.receiver.place().unwrap_err().to_string();
@@ -370,11 +376,7 @@ fn what_was_replaced_goes_though_the_program_moved_its_file() {
 #[test]
 fn a_file_that_the_program_moved_away_is_not_missed() {
     let p = Place::new();
-    fs::write(p.on("data"), b"state").unwrap();
-    let file = File::open(p.on("data")).unwrap();
-    let mut m = Move::begin(&p, &file, 1 << 20);
-    let pass = m.pass();
-    m.receiver.finish(0, pass.size, pass.mtime).unwrap();
+    let mut m = received(&p);
     m.receiver.place().unwrap();
     fs::rename(p.on("copy"), p.on("copy.1")).unwrap();
     m.receiver.pending()[0].commit().unwrap();
