@@ -94,6 +94,16 @@ impl Hold {
         Cgroup::create(place).map(|c| Hold(Some(c)))
     }
 
+    /// Makes a cgroup for the holder of the program that a husk becomes: what
+    /// ends `pmig serve` and all that it started leaves it alone.
+    pub fn holder(id: Id) -> Result<Hold> {
+        let place = Place {
+            cgroup: base()?.join(format!("{id}-holder")),
+            home: None,
+        };
+        Cgroup::create(place).map(|c| Hold(Some(c)))
+    }
+
     /// Moves a process in, running or stopped. It doesn't notice.
     pub fn take(&self, pid: i32) -> Result<()> {
         self.cgroup().write("cgroup.procs", &pid.to_string())
@@ -532,7 +542,7 @@ pub fn sweep_empty() -> Result<()> {
         let name = entry.file_name();
         let ours = name
             .to_str()
-            .and_then(|n| n.strip_suffix("-target"))
+            .and_then(|n| n.strip_suffix("-target").or(n.strip_suffix("-holder")))
             .is_some_and(|id| id.parse::<Id>().is_ok());
         if !ours {
             continue;

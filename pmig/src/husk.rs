@@ -11,6 +11,7 @@ use crate::error::{Context, Error, Result};
 use crate::state::bounds::Bounds;
 use crate::state::memory::{apply, steps, Layout, Vma, BOTTOM, PAGE, TOP};
 use crate::sys::ptrace::{self, Change};
+use crate::sys::spawn::Parent;
 use crate::sys::{pidfd, spawn};
 use crate::tracee::{Arg, Batch, RemoteAddr, Stopped};
 
@@ -33,11 +34,16 @@ impl Husk {
     /// # Errors
     ///
     /// EEXIST (in [`Error::Os`]) where the PID is taken.
-    pub fn create(pid: i32, cgroup: Option<BorrowedFd<'_>>, layout: &Layout) -> Result<Husk> {
+    pub fn create(
+        pid: i32,
+        cgroup: Option<BorrowedFd<'_>>,
+        parent: Option<Parent<'_>>,
+        layout: &Layout,
+    ) -> Result<Husk> {
         let image = spawn::husk_image().context("make", "the husk's image")?;
         let (gate, opener) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)
             .context("make", "a pipe to the husk")?;
-        let pid = spawn::husk(image.as_fd(), gate.as_fd(), cgroup, pid)
+        let pid = spawn::husk(image.as_fd(), gate.as_fd(), cgroup, pid, parent)
             .context("make a process with pid", pid)?;
         let process = pidfd::open(pid).context("open the husk", pid)?;
         let killer = KillOnDrop(&process);
@@ -73,7 +79,7 @@ impl Husk {
     /// something is rehearsed: with any PID, and nothing mapped but the vdso.
     pub fn stand_in(layout: &Layout) -> Result<Husk> {
         let layout = layout.of_the_kernel();
-        let mut husk = Husk::create(0, None, &layout)?;
+        let mut husk = Husk::create(0, None, None, &layout)?;
         husk.adopt(&layout, &BTreeMap::new())?;
         Ok(husk)
     }
@@ -329,7 +335,7 @@ mod tests {
             .enumerate()
             .map(|(n, f)| (n as u32, std::fs::File::open(&f.path).unwrap().into()))
             .collect();
-        let mut husk = Husk::create(0, None, &layout).unwrap();
+        let mut husk = Husk::create(0, None, None, &layout).unwrap();
         husk.adopt(&layout, &files).unwrap();
         let data = layout
             .vmas

@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::error::{Error, Result};
 use crate::state::bounds::Bounds;
 use crate::state::clock::Clock;
 use crate::state::fd::FdTable;
@@ -48,4 +49,37 @@ pub struct Shipped {
     pub size: u64,
     /// Seconds and nanoseconds since the epoch.
     pub mtime: (i64, u32),
+}
+
+/// What a terminal shows, and what was typed for it and kept: not of the
+/// program's own state, but of who looks at it.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct Picture {
+    /// Bytes that make an empty terminal show the same.
+    #[serde(with = "serde_bytes")]
+    pub shows: Vec<u8>,
+    #[serde(with = "serde_bytes")]
+    pub keys: Vec<u8>,
+}
+
+impl Picture {
+    /// The longest picture, in bytes.
+    pub const MOST_SHOWN: usize = 512 << 10;
+    /// The most bytes that are kept of what is typed and that the program does
+    /// not take.
+    pub const MOST_KEPT: usize = 64 << 10;
+    /// The most pictures of one program.
+    const MOST: usize = 16;
+
+    /// Checks what came from a peer.
+    ///
+    /// # Errors
+    /// There is more of it than there can be.
+    pub fn check(all: &[Picture]) -> Result<()> {
+        let long = |p: &Picture| p.shows.len() > Self::MOST_SHOWN || p.keys.len() > Self::MOST_KEPT;
+        if all.len() > Self::MOST || all.iter().any(long) {
+            return Err(Error::bad("terminals from peer", "show more than they can"));
+        }
+        Ok(())
+    }
 }

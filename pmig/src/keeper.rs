@@ -10,7 +10,7 @@
 
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
@@ -30,7 +30,9 @@ use crate::journal::{run_dir, Armed, Folder, Stage};
 use crate::patience::{patience, KEEPER};
 use crate::phase::Phase;
 use crate::resolve::{self, Now};
+use crate::state::fd::Passage;
 use crate::sys::inherit::close_from;
+use crate::sys::pidfd;
 
 /// pmig may be silent so many times longer after COMMITTING, when nothing can
 /// be undone and it is asking the target itself.
@@ -61,6 +63,8 @@ const DONE: u8 = b'd';
 pub struct Keeper {
     line: UnixStream,
     child: Option<Child>,
+    /// The keeper has it too.
+    passage: Passage,
     log: PathBuf,
     /// When it last heard from us.
     said: Instant,
@@ -86,9 +90,11 @@ impl Keeper {
             .open(&log)
             .context("open", log.display())?;
         let (line, theirs) = UnixStream::pair().context("make", "a socket for the keeper")?;
+        let passage = Passage::new()?;
+        let [read, write] = [&passage.read, &passage.write].map(|fd| fd.as_raw_fd().to_string());
         let child = Command::new(exe)
             .arg0("pmig")
-            .args(["keeper", &id.to_string()])
+            .args(["keeper", &id.to_string(), &read, &write])
             .stdin(OwnedFd::from(theirs))
             // Where it says what became of the program if pmig no longer can.
             .stdout(
@@ -104,6 +110,7 @@ impl Keeper {
         let mut keeper = Keeper {
             line,
             child: Some(child),
+            passage,
             log,
             said: Instant::now(),
         };
@@ -118,6 +125,11 @@ impl Keeper {
             .set_nonblocking(true)
             .context("set up", "the line to the keeper")?;
         Ok(keeper)
+    }
+
+    /// Where typed input passes, so that it is never in pmig alone.
+    pub fn passage(&self) -> &Passage {
+        &self.passage
     }
 
     /// A phase begins.
@@ -204,7 +216,7 @@ enum Call {
 ///
 /// # Errors
 /// The program stays held, or could not be let go; the log says why.
-pub fn run(id: Id) -> Result<()> {
+pub fn run(id: Id, passage: [i32; 2]) -> Result<()> {
     close_from(3).context("close", "inherited descriptors")?;
     let mut deaf = SigSet::empty();
     for signal in [
@@ -229,6 +241,7 @@ pub fn run(id: Id) -> Result<()> {
         .try_clone_to_owned()
         .context("take over", "the line to pmig")?;
     let mut line = UnixStream::from(line);
+    let passage = share(pmig, passage)?;
     let armed = Armed::join(id)?;
     line.write_all(&[READY]).context("answer", "pmig")?;
 
@@ -252,6 +265,9 @@ pub fn run(id: Id) -> Result<()> {
     let held = if settled {
         None
     } else {
+        if let Err(e) = resolve::complete_input(&armed, &passage) {
+            tracing::warn!("what was typed for the program is lost: {e}");
+        }
         finish(&armed, &call, phase)?
     };
     // Whoever reads pmig's output need not wait for what follows.
@@ -267,6 +283,16 @@ pub fn run(id: Id) -> Result<()> {
         let _ = std::fs::remove_file(log_of(id));
     }
     ended
+}
+
+/// What pmig has under these numbers.
+fn share(pmig: Pid, [read, write]: [i32; 2]) -> Result<Passage> {
+    let process = pidfd::open(pmig.as_raw()).context("open", "pmig")?;
+    let get = |fd| pidfd::get(process.as_fd(), fd).context("share", "the passage of pmig");
+    Ok(Passage {
+        read: get(read)?,
+        write: get(write)?,
+    })
 }
 
 /// pmig said nothing, or not that all is settled: decides what can be decided,

@@ -9,6 +9,7 @@ pub mod claim;
 pub mod error;
 pub mod fault;
 pub mod hold;
+pub mod holder;
 pub mod husk;
 pub mod id;
 pub mod image;

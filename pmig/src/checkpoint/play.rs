@@ -160,7 +160,10 @@ fn play(player: Player, wire: &mut Wire) -> Result<Played> {
                     other => return Err(unexpected(&other)),
                 }
             }
-            ToTarget::Layout(_) | ToTarget::Pages(_) | ToTarget::Drops(_) => {
+            ToTarget::Layout(_)
+            | ToTarget::Pages(_)
+            | ToTarget::Drops(_)
+            | ToTarget::Pictures(_) => {
                 wire.send_with(&message, &raw)?;
             }
             _ => return Err(bad(path, "says something out of turn")),

@@ -127,6 +127,7 @@ fn hear(path: &Path, wire: &mut Wire) -> Result<()> {
             | ToTarget::Drops(_)
             | ToTarget::Block { .. }
             | ToTarget::PassEnd { .. }
+            | ToTarget::Pictures(_)
             | ToTarget::Final(_) => writer.put(&message, raw)?,
             ToTarget::Hello(_) | ToTarget::Ping | ToTarget::Build | ToTarget::Rehearse(_) => {
                 return Err(out_of_turn(&message))

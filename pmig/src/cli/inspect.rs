@@ -87,6 +87,7 @@ fn mapping(v: &Vma, layout: &Layout) -> String {
 
 fn description(of: &Description) -> String {
     match &of.kind {
+        Kind::Terminal(_) => "a terminal".into(),
         Kind::Regular(file) => format!("{} at {}", file.path, file.offset),
         Kind::Directory(directory) => format!("{}/", directory.path),
         Kind::Device(device) => device.path.to_string(),

@@ -1,5 +1,6 @@
 //! Words in and out.
 
+mod attach;
 mod check;
 mod files;
 mod inspect;
@@ -12,13 +13,16 @@ mod restore;
 mod serve;
 mod session;
 mod show;
+mod wait;
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use pmig::error::Error;
+use pmig::holder;
 use pmig::id::Id;
 use pmig::keeper;
 use pmig::source;
@@ -79,6 +83,13 @@ enum Command {
     Migrate(Migrate),
     /// Write a process to a file; it is gone from here when the file is whole.
     Dump(Dump),
+    /// Start a program on a terminal of its own, which can be shown and moved.
+    Run(Run),
+    /// Show the terminal of a program that pmig run started or that was moved
+    /// here, and type into it.
+    Attach(Attach),
+    /// Wait for a program that was moved here, and end as it does.
+    Wait(Wait),
     /// Bring a process back from a file, under its PID.
     Restore(Restore),
     /// Say what is in a file.
@@ -95,7 +106,11 @@ enum Command {
     Session(Session),
     /// One migration's keeper: its line to pmig is standard input.
     #[command(hide = true)]
-    Keeper { id: Id },
+    Keeper { id: Id, read: i32, write: i32 },
+    /// A program's parent, which holds its terminals: its line to whoever begins
+    /// it is standard input.
+    #[command(hide = true)]
+    Holder,
 }
 
 /// Why plain TCP has to be asked for, on both sides.
@@ -273,6 +288,42 @@ pub struct Check {
 }
 
 #[derive(Debug, Args)]
+pub struct Run {
+    /// Print its PID, and do not show it.
+    #[arg(short, long)]
+    detach: bool,
+    /// The key that leaves it alone.
+    #[arg(long, value_name = "^KEY", default_value = "^]", value_parser = attach::control_key)]
+    key: u8,
+    /// The program and its arguments.
+    #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+    command: Vec<OsString>,
+}
+
+#[derive(Debug, Args)]
+pub struct Attach {
+    /// The program.
+    #[arg(value_parser = clap::value_parser!(i32).range(1..))]
+    pid: i32,
+    /// Only look: type nothing, and leave its size alone.
+    #[arg(short, long)]
+    watch: bool,
+    /// The key that leaves it alone.
+    #[arg(long, value_name = "^KEY", default_value = "^]", value_parser = attach::control_key)]
+    key: u8,
+}
+
+#[derive(Debug, Args)]
+pub struct Wait {
+    /// The program.
+    #[arg(value_parser = clap::value_parser!(i32).range(1..))]
+    pid: i32,
+    /// Print how it ended: {"code":0} or {"signal":9}.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Args)]
 pub struct Ps {
     /// Also what was to move and did not.
     #[arg(short, long)]
@@ -316,10 +367,17 @@ pub fn run() -> ExitCode {
         Command::Restore(args) => restore::run(&args, cli.verbose),
         Command::Inspect(args) => inspect::run(&args),
         Command::Check(args) => check::run(&args),
+        Command::Run(args) => return attach::run(&args).into(),
+        Command::Attach(args) => return attach::attach(&args).into(),
+        Command::Wait(args) => return wait::run(&args).into(),
         Command::Ps(args) => ps::run(&args),
         Command::Resolve(args) => resolve::run(&args),
         Command::Session(args) => session::run(&args),
-        Command::Keeper { id } => match keeper::run(id) {
+        Command::Holder => match holder::run() {
+            Ok(()) => Exit::Done,
+            Err(_) => Exit::Other,
+        },
+        Command::Keeper { id, read, write } => match keeper::run(id, [read, write]) {
             Ok(()) => Exit::Done,
             Err(e) => {
                 tracing::error!("{e}");

@@ -11,7 +11,9 @@
 //! | `fate` | source: COMMITTING or ABORTED; target: COMMITTED or ABORTED | exclusively: the first wins |
 //! | `verdict` | source, after COMMITTING: MOVED or RUNS_HERE | exclusively |
 //! | `settled` | all was done that follows; nothing is held any more | last |
+//! | `ended` | target: how the program ended | by its holder |
 //! | `files` | target: what is to be renamed at the commit | before Ready |
+//! | `input` | source: what was typed for the program and taken away | in the freeze |
 //! | `lock` | held shared by all who work on it | |
 //!
 //! After the freeze nothing is synced: a record need only outlive the death of
@@ -35,7 +37,7 @@ use crate::id::{Id, Secret};
 use crate::transport::Addr;
 
 pub use source::{
-    open as open_source, see as see_source, Armed, Committing, Lost, Order, Stage, Verdict,
+    left, open as open_source, see as see_source, Armed, Committing, Lost, Order, Stage, Verdict,
 };
 pub use store::Folder;
 use store::Prepared;

@@ -152,6 +152,17 @@ impl Armed {
         }
     }
 
+    /// Notes what was taken from the program's terminal, and is to be given back
+    /// if it goes on here. Replaces what was noted before. Not synced.
+    pub fn note_input(&self, taken: &serde_json::Value) -> Result<()> {
+        self.0.folder.replace("input", &json(taken)?, false)
+    }
+
+    /// What [`Armed::note_input`] noted.
+    pub fn input(&self) -> Result<Option<serde_json::Value>> {
+        read(&self.0.folder, "input")
+    }
+
     pub fn stage(&self) -> Result<Stage> {
         Ok(match self.state()? {
             None => Stage::Armed(self.clone()),
@@ -293,4 +304,26 @@ pub fn open(id: Id) -> Result<Found<Armed>> {
         Found::Busy => Found::Busy,
         Found::Missing => Found::Missing,
     })
+}
+
+/// Where a process of this boot went, if the copy of it that was here is of a
+/// migration that was committed.
+///
+/// # Errors
+/// The state directory cannot be read.
+pub fn left(pid: i32, start: u64) -> Result<Option<String>> {
+    let mut ids = super::unsettled(Role::Source)?;
+    ids.extend(super::settled(Role::Source)?);
+    for id in ids {
+        // What cannot be read says nothing.
+        let Ok(Some(armed)) = see(id) else { continue };
+        let record = armed.record();
+        if (record.pid, record.start) != (pid, start) || !armed.this_boot()? {
+            continue;
+        }
+        if let Stage::Decided(_, Verdict::Moved { .. }) = armed.stage()? {
+            return Ok(Some(record.there()));
+        }
+    }
+    Ok(None)
 }

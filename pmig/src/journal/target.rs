@@ -133,6 +133,16 @@ impl Husk {
         }))
     }
 
+    /// Notes how the program ended that came here.
+    pub fn note_end(&self, how: &serde_json::Value) -> Result<()> {
+        self.0.folder.replace("ended", &json(how)?, false)
+    }
+
+    /// What was noted of its end.
+    pub fn end(&self) -> Result<Option<serde_json::Value>> {
+        read(&self.0.folder, "ended")
+    }
+
     /// For a record of another boot: whatever it was, it is no more.
     pub fn settle_lost(&self) -> Result<()> {
         self.0.settle()

@@ -21,7 +21,7 @@
 //!      (COMMITTING is recorded)
 //!   Commit ----------------------------->      COMMITTED is recorded, thaw
 //!         <-------------------- Committed
-//!   Late ------------------------------->      signals that came meanwhile
+//!   Pictures, Late --------------------->      what came meanwhile
 //! ```
 //!
 //! Instead of any answer the target may say Refused or Failed, and closes.
@@ -30,7 +30,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::Obstacle;
 use crate::id::{Id, Secret};
-use crate::image::{Final, Preview, Shipped};
+use crate::image::{Final, Picture, Preview, Shipped};
 use crate::journal::Order;
 use crate::state::clock::Reading;
 use crate::state::files::FileSet;
@@ -73,6 +73,9 @@ pub enum ToTarget {
     /// in the order in which they were asked for.
     Complete(Vec<Shipped>),
     Commit(Order),
+    /// What the program's terminals show: to a machine when it runs there, to a
+    /// file before Complete.
+    Pictures(Vec<Picture>),
     /// Signals that were sent to the copy at the source since it was captured,
     /// as a mask.
     Late(u64),

@@ -2,6 +2,7 @@
 //! what every later command does for those whose keeper died too, and what a
 //! person decides where the machines cannot.
 
+mod input;
 mod past;
 mod person;
 mod source;
@@ -14,6 +15,7 @@ use crate::hold;
 use crate::id::Id;
 use crate::journal::{self, Role};
 
+pub use input::{complete_input, give_input_back, note_input};
 pub use past::{known, Known, Past, Whereabouts};
 pub use person::{resolve, unresolved, How, Resolved, Unresolved};
 pub use source::{abandon, ask, finish, settle, Now};

@@ -1,5 +1,6 @@
 use std::time::{Duration, Instant};
 
+use super::input::give_input_back;
 use crate::checkpoint;
 use crate::error::{Error, Result};
 use crate::hold::Frozen;
@@ -156,6 +157,10 @@ pub(super) fn act(armed: &Armed, verdict: &Verdict) -> Result<Now> {
     let now = match verdict {
         Verdict::RunsHere { .. } => {
             if let Some(held) = held {
+                // It goes on in any case.
+                if let Err(e) = give_input_back(armed) {
+                    tracing::warn!("what was typed for process {} is lost: {e}", record.pid);
+                }
                 held.thaw()?.release()?;
             }
             here(record)

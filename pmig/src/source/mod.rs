@@ -7,6 +7,7 @@
 //! From the commit on the records decide.
 
 mod files;
+mod last;
 mod rehearse;
 mod send;
 mod times;
@@ -19,6 +20,7 @@ use crate::claim::Claim;
 use crate::error::{Context, Error, Obstacle, Result};
 use crate::fault::{self, Role};
 use crate::hold::{self, Frozen, Hold};
+use crate::holder::{self, Holder};
 use crate::id::{Id, Secret};
 use crate::image::{Final, Preview};
 use crate::interrupt;
@@ -45,7 +47,7 @@ use crate::sys::memory::keep_in;
 use crate::tracee::{Ground, Stopped};
 use crate::transport::Addr;
 use files::SourceFiles;
-use undo::{abandon, has_ended};
+use undo::{abandon, give_input_back, has_ended, GiveBack};
 
 /// How long the target may take to answer while nothing stands still.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -166,6 +168,8 @@ struct Run<'a> {
     buf: Vec<u8>,
     stopped_at: Option<Reading>,
     _claim: Option<Claim>,
+    /// Who holds the program's terminals here, if somebody of ours does.
+    holder: Option<Holder>,
     /// As captured, and what is pending now.
     signals: Option<(Signals, Pending)>,
 }
@@ -284,6 +288,7 @@ impl<'a> Run<'a> {
             buf: Vec::new(),
             stopped_at: None,
             _claim: claim,
+            holder: None,
             signals: None,
         };
         if !ask_only {
@@ -411,6 +416,7 @@ impl<'a> Run<'a> {
         }
         self.compare_clocks()?;
         self.descriptors.recheck_pipes()?;
+        self.holder = holder::find(self.pid)?;
         self.ended(Phase::Copy, format!("{} rounds", self.rounds), begun);
         Ok(())
     }
@@ -428,6 +434,8 @@ impl<'a> Run<'a> {
         };
         self.wire.set_deadline(patience(FROZEN_PATIENCE))?;
         b.keeper.stopped()?;
+        // What is typed now waits with the holder.
+        self.holder.as_mut().map_or(Ok(()), Holder::hold)?;
         self.lap = Instant::now();
         self.laps = Laps::new();
         let before = self.wire.sent;
@@ -443,7 +451,13 @@ impl<'a> Run<'a> {
 
         let found = b.tracker.last_look()?;
         self.part("scan");
-        let descriptors = self.descriptors.look(Beat::Stopped)?;
+        let mut descriptors = self.descriptors.look(Beat::Stopped)?;
+        self.descriptors.ask(&mut descriptors, &mut stopped)?;
+        let input = GiveBack::new(&b.armed);
+        self.descriptors
+            .take_input(&mut descriptors, b.keeper.passage(), &mut |taken| {
+                resolve::note_input(&b.armed, taken)
+            })?;
         self.sync_files(&b.tracker.layout, &descriptors)?;
         self.part("descriptors");
         self.send_layout(&b.tracker, &found)?;
@@ -476,6 +490,9 @@ impl<'a> Run<'a> {
         let shipped = self
             .files
             .last_pass(&mut self.wire, &mut || b.keeper.alive())?;
+        if matches!(self.addr, Addr::File(_)) {
+            self.send_pictures();
+        }
         self.wire
             .send(&ToTarget::Complete(shipped))
             .map_err(|e| self.better(e))?;
@@ -494,8 +511,10 @@ impl<'a> Run<'a> {
         let frozen = hold.freeze(hold::PATIENCE)?;
         self.laps.add("held");
         // From here on its cgroup holds it, whatever becomes of us.
+        input.later();
         b.restart.going_on(&mut stopped)?;
         if let Err(e) = stopped.detach() {
+            give_input_back(&b.armed);
             b.hold = Some(frozen.thaw()?);
             return Err(e);
         }
@@ -600,6 +619,9 @@ impl<'a> Run<'a> {
             .map(|(at, _)| at.minus(self.difference.value()));
         let summary = self.summary(id.clone(), begun, at);
         if held.is_some() {
+            if !matches!(self.addr, Addr::File(_)) {
+                self.send_pictures();
+            }
             self.forward_late_signals();
         }
         if !matches!(self.addr, Addr::File(_)) {
@@ -616,26 +638,6 @@ impl<'a> Run<'a> {
         b.keeper.done();
         self.progress.event(&Event::Done(summary.clone()));
         Ok(summary)
-    }
-
-    /// Signals sent to the program since it was captured.
-    fn late_signals(&self) -> Result<u64> {
-        let captured = self.signals.as_ref();
-        captured.map_or(Ok(0), |(s, pending)| Ok(s.arrived_since(pending.now()?)))
-    }
-
-    /// What was sent to the copy here after the commit is for the program
-    /// there.
-    fn forward_late_signals(&mut self) {
-        let told = self.late_signals().and_then(|mask| {
-            self.wire.send(&ToTarget::Late(mask))?;
-            Ok(mask)
-        });
-        match told {
-            Ok(0) => {}
-            Ok(mask) => tracing::info!("signals {mask:#x} were passed on"),
-            Err(e) => tracing::warn!("signals that came last may be lost: {e}"),
-        }
     }
 
     /// From the stop to a moment by this machine's clock.

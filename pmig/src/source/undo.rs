@@ -44,6 +44,7 @@ impl Run<'_> {
             },
             (_, None) => Outcome::NeverStopped,
         };
+        self.holder = None;
         abandon(&b.armed, b.keeper, b.hold, &error.to_string());
         Failure { error, outcome }
     }
@@ -58,6 +59,7 @@ impl Run<'_> {
     ) -> Failure {
         let outcome = match self.let_go(&b, frozen, &error.to_string(), since) {
             Ok(hold) => {
+                self.holder = None;
                 let stopped = since.elapsed();
                 abandon(&b.armed, b.keeper, Some(hold), &error.to_string());
                 Outcome::RunsOn { stopped }
@@ -80,6 +82,7 @@ impl Run<'_> {
             let error = Error::bad(format!("process {}", self.pid), "was not let go on");
             Failure { error, outcome }
         })?;
+        self.holder = None;
         let at = Reading::now();
         // Nothing stands still any more.
         let _ = b.keeper.running();
@@ -119,7 +122,10 @@ impl Run<'_> {
         };
         match b.armed.abort(why) {
             // If it does not thaw, the keeper tries again.
-            Ok(Stage::Aborted(..)) => frozen.thaw().map_err(|_| unresolved()),
+            Ok(Stage::Aborted(..)) => {
+                give_input_back(&b.armed);
+                frozen.thaw().map_err(|_| unresolved())
+            }
             // Whoever decided otherwise knew why; the records say what to do.
             Ok(_) | Err(_) => {
                 drop(frozen);
@@ -137,6 +143,36 @@ impl Run<'_> {
                 })
             }
         }
+    }
+}
+
+/// Gives input back before the program goes on, if it does so before its cgroup
+/// holds it.
+pub(super) struct GiveBack(Option<Armed>);
+
+impl GiveBack {
+    pub fn new(armed: &Armed) -> GiveBack {
+        GiveBack(Some(armed.clone()))
+    }
+
+    /// Others will, if need be.
+    pub fn later(mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for GiveBack {
+    fn drop(&mut self) {
+        if let Some(armed) = &self.0 {
+            give_input_back(armed);
+        }
+    }
+}
+
+/// What was taken of its terminal's input, while it still stands still.
+pub(super) fn give_input_back(armed: &Armed) {
+    if let Err(e) = resolve::give_input_back(armed) {
+        tracing::warn!("what was typed for the program is lost: {e}");
     }
 }
 

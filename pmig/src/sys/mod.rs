@@ -15,4 +15,5 @@ pub mod runner;
 pub mod sched;
 pub mod spawn;
 pub mod timens;
+pub mod tty;
 pub mod uffd;

@@ -1,8 +1,11 @@
 //! A new process that shares nothing with its maker.
 
-use std::ffi::c_char;
+use std::ffi::{c_char, CString};
 use std::io::{self, Read};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
 
 use super::runner;
 
@@ -79,11 +82,21 @@ pub fn husk_image() -> io::Result<OwnedFd> {
     Ok(file.into())
 }
 
+/// Who is to be the parent of a new process: this executable, run with other
+/// arguments.
+#[derive(Debug, Clone, Copy)]
+pub struct Parent<'a> {
+    /// Its standard input. It inherits nothing else.
+    pub stdin: BorrowedFd<'a>,
+    pub cgroup: BorrowedFd<'a>,
+    /// The argument that says what it is.
+    pub role: &'a str,
+}
+
 /// Makes a process with the given PID (0: any) in the given cgroup, in a
 /// session of its own, without descriptors, with default signal actions, which
-/// waits until a byte comes on `gate` and then executes `image`. Its parent is
-/// the reaper of orphans, so that the end of no pmig is its parent's end.
-/// Returns its PID.
+/// waits until a byte comes on `gate` and then executes `image`. Without a
+/// `parent` the reaper of orphans is its parent. Returns its PID.
 ///
 /// # Errors
 ///
@@ -94,6 +107,7 @@ pub fn husk(
     gate: BorrowedFd<'_>,
     cgroup: Option<BorrowedFd<'_>>,
     pid: i32,
+    parent: Option<Parent<'_>>,
 ) -> io::Result<i32> {
     let set_tid = [pid];
     let mut args = CloneArgs {
@@ -117,6 +131,7 @@ pub fn husk(
         exit_signal: libc::SIGCHLD as u64,
         ..CloneArgs::default()
     };
+    let becomes = parent.map(|p| Becomes::new(p, &mut between)).transpose()?;
     // SAFETY: without CLONE_VM both children have their own copy of memory.
     // They make only raw system calls, none of which allocates or takes a
     // lock, and never return.
@@ -129,6 +144,9 @@ pub fn husk(
             }
             let answer = r as i32;
             libc::syscall(libc::SYS_write, tell, &raw const answer, 4usize);
+            if let (true, Some(becomes)) = (answer > 0, &becomes) {
+                becomes.execute();
+            }
             libc::syscall(libc::SYS_exit_group, 0);
         }
         r
@@ -139,13 +157,118 @@ pub fn husk(
     }
     let mut answer = [0; 4];
     let heard = hear.read_exact(&mut answer);
-    let mut status = 0;
-    // SAFETY: status is a live int.
-    unsafe { libc::waitpid(first as i32, &mut status, libc::__WALL) };
+    if becomes.is_none() || heard.is_err() || i32::from_ne_bytes(answer) < 0 {
+        let mut status = 0;
+        // SAFETY: status is a live int.
+        unsafe { libc::waitpid(first as i32, &mut status, libc::__WALL) };
+    }
     heard?;
     match i32::from_ne_bytes(answer) {
         e if e < 0 => Err(io::Error::from_raw_os_error(-e)),
         pid => Ok(pid),
+    }
+}
+
+/// What the parent of a new process executes, ready to be used where nothing may
+/// be allocated.
+struct Becomes {
+    stdin: i32,
+    null: OwnedFd,
+    _words: Vec<CString>,
+    argv: Vec<*const c_char>,
+    _vars: Vec<CString>,
+    envp: Vec<*const c_char>,
+}
+
+impl Becomes {
+    fn new(parent: Parent<'_>, args: &mut CloneArgs) -> io::Result<Becomes> {
+        args.flags |= CLONE_INTO_CGROUP | CLONE_CLEAR_SIGHAND;
+        args.cgroup = parent.cgroup.as_raw_fd() as u64;
+        let words = vec![CString::from(c"pmig"), CString::new(parent.role)?];
+        let vars = std::env::vars_os()
+            .map(|(name, value)| CString::new([name.as_bytes(), b"=", value.as_bytes()].concat()))
+            .collect::<Result<Vec<_>, _>>()?;
+        let pointers = |strings: &[CString]| {
+            let all = strings.iter().map(|s| s.as_ptr());
+            all.chain(std::iter::once(std::ptr::null())).collect()
+        };
+        let null = std::fs::File::options()
+            .read(true)
+            .write(true)
+            .open("/dev/null")?;
+        Ok(Becomes {
+            stdin: parent.stdin.as_raw_fd(),
+            null: null.into(),
+            argv: pointers(&words),
+            _words: words,
+            envp: pointers(&vars),
+            _vars: vars,
+        })
+    }
+
+    /// # Safety
+    ///
+    /// Only between clone3(2) and exit in a child with memory of its own.
+    unsafe fn execute(&self) {
+        // SAFETY: raw system calls on descriptors and memory of this process;
+        // the strings live as long as `self`.
+        unsafe {
+            libc::syscall(libc::SYS_setsid);
+            libc::syscall(libc::SYS_dup3, self.stdin, 900, 0);
+            libc::syscall(libc::SYS_dup3, self.null.as_raw_fd(), 901, 0);
+            libc::syscall(libc::SYS_dup3, 900, 0, 0);
+            libc::syscall(libc::SYS_dup3, 901, 1, 0);
+            libc::syscall(libc::SYS_dup3, 901, 2, 0);
+            libc::syscall(libc::SYS_close_range, 3u32, u32::MAX, 0u32);
+            libc::syscall(
+                libc::SYS_execve,
+                c"/proc/self/exe".as_ptr(),
+                self.argv.as_ptr(),
+                self.envp.as_ptr(),
+            );
+        }
+    }
+}
+
+/// Has a command run in a session of its own that `terminal` controls, with it
+/// as standard input, output and error, and with no signal blocked.
+pub fn on_terminal(command: &mut Command, terminal: &OwnedFd) -> io::Result<()> {
+    command
+        .stdin(terminal.try_clone()?)
+        .stdout(terminal.try_clone()?)
+        .stderr(terminal.try_clone()?);
+    // SAFETY: only system calls that may be made after fork(2) in a process
+    // with threads, on numbers and memory of the closure's own.
+    unsafe {
+        command.pre_exec(|| {
+            let none = 0u64;
+            libc::syscall(
+                libc::SYS_rt_sigprocmask,
+                libc::SIG_SETMASK,
+                &raw const none,
+                0usize,
+                8usize,
+            );
+            if libc::setsid() < 0 || libc::ioctl(0, libc::TIOCSCTTY, 0) < 0 {
+                return Err(io::Error::last_os_error());
+            }
+            Ok(())
+        });
+    }
+    Ok(())
+}
+
+/// How a child ended, as wait(2) says it; none while it lives.
+///
+/// # Errors
+/// `ECHILD` for what is no child.
+pub fn reap(pid: i32) -> io::Result<Option<i32>> {
+    let mut status = 0;
+    // SAFETY: status is a live int.
+    match unsafe { libc::waitpid(pid, &mut status, libc::WNOHANG | libc::__WALL) } {
+        0 => Ok(None),
+        n if n < 0 => Err(io::Error::last_os_error()),
+        _ => Ok(Some(status)),
     }
 }
 

@@ -16,8 +16,9 @@ use std::time::{Duration, Instant};
 use crate::error::{Context, Error, Obstacle, Result};
 use crate::fault::{self, Role};
 use crate::hold::{self, Frozen, Hold};
+use crate::holder::Adopting;
 use crate::husk::Husk;
-use crate::image::{Final, Preview};
+use crate::image::{Final, Picture, Preview};
 use crate::journal::{self, Fate, New};
 use crate::laps::Laps;
 use crate::lineage;
@@ -27,12 +28,13 @@ use crate::policy::Policy;
 use crate::protocol::message::{Accepted, Hello, Ready, ToSource, ToTarget, MAX_RAW};
 use crate::protocol::Wire;
 use crate::state::clock::{Namespace, Reading};
-use crate::state::fd::{FdTable, Opened};
+use crate::state::fd::{FdTable, Opened, Shape, Whose};
 use crate::state::memory::{Kernel, Layout};
-use crate::state::pcb::{self, Backend, Fresh, MachineFacts, PcbChoice};
+use crate::state::pcb::{self, Backend, Fresh, MachineFacts, Pcb, PcbChoice};
 use crate::state::restart::ProgramClock;
 use crate::sys::memory::keep_in;
 use crate::sys::pidfd;
+use crate::sys::spawn::Parent;
 use crate::tracee::Batch;
 use files::TargetFiles;
 
@@ -221,9 +223,13 @@ struct Building {
     record: journal::Husk,
     files: TargetFiles,
     descriptors: Opened,
+    /// The husk's parent, which holds its terminals.
+    holder: Option<Adopting>,
     mapped: BTreeMap<u32, OwnedFd>,
     /// The process, once its cgroup holds it.
     process: Option<OwnedFd>,
+    /// What its terminals show.
+    pictures: Vec<Picture>,
     /// For what is received.
     buf: Vec<u8>,
     laps: Laps,
@@ -239,61 +245,82 @@ impl Building {
         if let Err(e) = hold.set_memory_max(Some(free_memory()?)) {
             tracing::warn!("the husk's memory has no limit: {e}");
         }
-        let r = (|| {
-            let pid = preview.needs.pid;
-            let mut husk =
-                Husk::create(pid, Some(hold.fd()), &preview.layout).map_err(|e| {
-                    match e.errno() {
+        let r =
+            (|| {
+                let pid = preview.needs.pid;
+                let mut holder = Adopting::new()?;
+                let its = Hold::holder(hello.id)?;
+                let parent = holder.stdin().map(|stdin| Parent {
+                    stdin,
+                    cgroup: its.fd(),
+                    role: "holder",
+                });
+                let mut husk = Husk::create(pid, Some(hold.fd()), parent, &preview.layout)
+                    .map_err(|e| match e.errno() {
                         Some(libc::EEXIST) => Error::Refused(vec![Obstacle::new(
                             format!("pid {pid}"),
                             "it is taken at the target",
                             "end that process there, or try again later",
                         )]),
                         _ => e,
-                    }
+                    })?;
+                its.leave();
+                // The first to go when memory runs out; its own value comes at the
+                // end.
+                let _ = std::fs::write(format!("/proc/{pid}/oom_score_adj"), "1000");
+                let record = journal::Husk::arm(New {
+                    id: hello.id,
+                    secret: hello.secret.clone(),
+                    pid,
+                    comm: preview.comm.clone(),
+                    peer: preview.machine.host.clone(),
+                    addr: None,
+                    place: hold.place().clone(),
                 })?;
-            // The first to go when memory runs out; its own value comes at the
-            // end.
-            let _ = std::fs::write(format!("/proc/{pid}/oom_score_adj"), "1000");
-            let record = journal::Husk::arm(New {
-                id: hello.id,
-                secret: hello.secret.clone(),
-                pid,
-                comm: preview.comm.clone(),
-                peer: preview.machine.host.clone(),
-                addr: None,
-                place: hold.place().clone(),
-            })?;
-            let stand_in = Building::stand_in(&preview.layout);
-            // From here on new children would be in it: there are none.
-            let time = Namespace::make()?;
-            files.create(&record)?;
-            let mut mapped = BTreeMap::new();
-            files.open_mapped(&preview.layout, &mut mapped)?;
-            husk.adopt(&preview.layout, &mapped)?;
-            let exe = files.open(&preview.exe)?;
-            husk.run_from(exe.as_fd(), &preview.bounds)?;
-            husk.stopped().find_way_out()?;
-            let fresh = Fresh::of(pid)?;
-            let descriptors = Opened::open(preview.descriptors.clone(), files.opener())?;
-            Ok((husk, fresh, stand_in, time, record, descriptors, mapped))
-        })();
+                let stand_in = Building::stand_in(&preview.layout);
+                // From here on new children would be in it: there are none.
+                let time = Namespace::make()?;
+                files.create(&record)?;
+                let mut mapped = BTreeMap::new();
+                files.open_mapped(&preview.layout, &mut mapped)?;
+                husk.adopt(&preview.layout, &mapped)?;
+                let exe = files.open(&preview.exe)?;
+                husk.run_from(exe.as_fd(), &preview.bounds)?;
+                husk.stopped().find_way_out()?;
+                let fresh = Fresh::of(pid)?;
+                let descriptors = Opened::open(preview.descriptors.clone(), files.opener())?;
+                holder.give(pid, hello.id, &descriptors.masters())?;
+                Ok((
+                    husk,
+                    fresh,
+                    stand_in,
+                    time,
+                    record,
+                    descriptors,
+                    holder,
+                    mapped,
+                ))
+            })();
         match r {
-            Ok((husk, fresh, stand_in, time, record, descriptors, mapped)) => Ok(Building {
-                husk: Some(husk),
-                fresh,
-                stand_in,
-                time,
-                frozen: None,
-                hold: Some(hold),
-                record,
-                files,
-                descriptors,
-                mapped,
-                process: None,
-                buf: Vec::new(),
-                laps: Laps::new(),
-            }),
+            Ok((husk, fresh, stand_in, time, record, descriptors, holder, mapped)) => {
+                Ok(Building {
+                    husk: Some(husk),
+                    fresh,
+                    stand_in,
+                    time,
+                    frozen: None,
+                    hold: Some(hold),
+                    record,
+                    files,
+                    descriptors,
+                    holder: Some(holder),
+                    mapped,
+                    process: None,
+                    pictures: Vec::new(),
+                    buf: Vec::new(),
+                    laps: Laps::new(),
+                })
+            }
             Err(e) => {
                 if let Err(e) = hold.kill() {
                     tracing::warn!("the husk stays: {e}");
@@ -402,13 +429,14 @@ impl Building {
             mut clock,
         } = last;
         self.open_descriptors(descriptors)?;
+        self.find_parent(&pcb)?;
         self.laps.add("files opened");
         let husk = self.husk.as_mut().ok_or_else(no_husk)?;
         clock.restore(&self.time)?;
         let mut batch = Batch::new();
         Husk::enter_time(&mut batch, self.time.as_fd());
         let own = std::process::id() as i32;
-        let installation = self.descriptors.install(own, &mut batch);
+        let installation = self.descriptors.install(own, &mut batch, Whose::Program);
         self.laps.add("descriptors and time");
         part(&mut times.descriptors);
 
@@ -444,6 +472,10 @@ impl Building {
             match wire.recv()? {
                 ToTarget::Pages(runs) => self.pages(&runs, wire)?,
                 ToTarget::Block { file, offset, len } => self.block(file, offset, len, wire)?,
+                ToTarget::Pictures(pictures) => {
+                    Picture::check(&pictures)?;
+                    self.pictures = pictures;
+                }
                 ToTarget::Complete(shipped) => return self.files.finish(&shipped),
                 other => return Err(out_of_turn(wire, &other)),
             }
@@ -451,9 +483,21 @@ impl Building {
     }
 
     fn open_descriptors(&mut self, table: FdTable) -> Result<()> {
-        self.descriptors
-            .finish(table, self.files.opener())
-            .map(drop)
+        let shape = self.descriptors.finish(table, self.files.opener())?;
+        let (terminals, record) = (self.descriptors.masters(), self.record.record());
+        match (&mut self.holder, terminals.is_empty(), shape) {
+            (Some(holder), false, Shape::Changed) => holder.give(record.pid, record.id, &terminals),
+            _ => Ok(()),
+        }
+    }
+
+    /// What is to be sent a signal at its parent's end has one that does not
+    /// end, unless it would be hung up then anyway.
+    fn find_parent(&mut self, pcb: &Pcb) -> Result<()> {
+        if pcb.attributes.parent_death_signal == 0 || !self.descriptors.masters().is_empty() {
+            return Ok(());
+        }
+        self.holder.take().map_or(Ok(()), Adopting::leave)
     }
 
     /// Says that all is ready, and waits for the order.
@@ -478,6 +522,8 @@ impl Building {
             descriptors,
             process,
             frozen,
+            holder,
+            mut pictures,
             mut laps,
             ..
         } = self;
@@ -500,7 +546,10 @@ impl Building {
         if let Err(e) = lineage::note(hello.preview.needs.pid, &hello.preview.lineage) {
             tracing::warn!("where the program came from is not noted: {e}");
         }
-        pass_on_late_signals(wire, process);
+        hear_last(wire, process, &mut pictures);
+        if let Some(Err(e)) = holder.map(|h| h.go(pictures)) {
+            tracing::warn!("nobody holds the program's terminals: {e}");
+        }
         let placed = placed.and_then(|()| files.clear());
         files.sync();
         placed?;
@@ -584,9 +633,17 @@ fn raise_descriptor_limit() {
     }
 }
 
-/// Hears what was sent to the copy at the source after it was captured.
-fn pass_on_late_signals(wire: &mut Wire, process: Option<OwnedFd>) {
-    let heard = wire.set_deadline(LATE).and_then(|()| wire.recv());
+/// Hears what its terminals show, and what was sent to the copy at the source
+/// after it was captured.
+fn hear_last(wire: &mut Wire, process: Option<OwnedFd>, pictures: &mut Vec<Picture>) {
+    let mut heard = wire.set_deadline(LATE).and_then(|()| wire.recv());
+    if let Ok(ToTarget::Pictures(last)) = heard {
+        match Picture::check(&last) {
+            Ok(()) => *pictures = last,
+            Err(e) => tracing::warn!("{e}"),
+        }
+        heard = wire.recv();
+    }
     let (Ok(ToTarget::Late(mask)), Some(process)) = (heard, process) else {
         return;
     };

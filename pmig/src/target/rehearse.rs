@@ -5,6 +5,7 @@ use super::Building;
 use crate::error::Result;
 use crate::husk::Husk;
 use crate::image::Final;
+use crate::state::fd::Whose;
 use crate::state::memory::Layout;
 use crate::state::pcb::{Backend, Fresh};
 use crate::state::restart::ProgramClock;
@@ -37,7 +38,7 @@ impl Building {
         let fresh = Fresh::of(stand_in.pid())?;
         let mut batch = Batch::new();
         let own = std::process::id() as i32;
-        let installation = self.descriptors.install(own, &mut batch);
+        let installation = self.descriptors.install(own, &mut batch, Whose::StandIn);
         let clock = ProgramClock::default();
         let done = backend.restore(stand_in.stopped(), batch, &last.pcb, &fresh, clock)?;
         installation.check(&done)?;

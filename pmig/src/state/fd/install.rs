@@ -1,12 +1,22 @@
 //! The way of open descriptions into the process being built: it pulls them
 //! over itself, each straight to its number.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::AsRawFd;
 
 use super::opened::Opened;
+use super::Kind;
 use crate::error::{Error, Result};
 use crate::tracee::{Arg, Batch, Call, Done};
+
+/// Who takes a table as its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Whose {
+    Program,
+    /// A process with which that is rehearsed: a terminal that it controlled
+    /// would hang up at its end, so it gets none.
+    StandIn,
+}
 
 /// Calls whose results tell whether the installation went as planned.
 #[derive(Debug)]
@@ -78,7 +88,7 @@ impl Opened {
     /// access), to call chroot(2), and have an `RLIMIT_NOFILE` above
     /// [`FdTable::highest`](super::FdTable::highest) + 1. Give what the batch
     /// returned to [`Installation::check`].
-    pub fn install(&self, session: i32, batch: &mut Batch) -> Installation {
+    pub fn install(&self, session: i32, batch: &mut Batch, whose: Whose) -> Installation {
         batch.call(
             "close all descriptors",
             libc::SYS_close_range,
@@ -94,18 +104,49 @@ impl Opened {
         };
         let wanted: BTreeSet<i32> = self.table.holders.iter().map(|h| h.fd).collect();
         // The helper takes the first number nobody wants, out of everyone's way.
-        let spare = (0..).find(|n| !wanted.contains(n)).unwrap_or(i32::MAX);
+        let mut nobodys = (0..).filter(|n| !wanted.contains(n));
+        let mut spare = || nobodys.next().unwrap_or(i32::MAX);
         let args = [session.into(), 0.into()];
         let mut helper = plan.opens("open a handle on pmig", libc::SYS_pidfd_open, &args);
-        if helper != spare {
-            plan.dup(helper, spare, true);
+        let place = spare();
+        if helper != place {
+            plan.dup(helper, place, true);
             plan.close(helper);
-            helper = spare;
+            helper = place;
         }
         let pull = |plan: &mut Plan<'_>, fd: i32| {
             let args = [helper.into(), fd.into(), 0.into()];
             plan.opens("take over a descriptor", libc::SYS_pidfd_getfd, &args)
         };
+
+        // What has no terminal yet, and leads its session, can be given one.
+        let real = whose == Whose::Program;
+        let controlling = self.table.terminals.iter().position(|t| t.controls);
+        if let Some(n) = controlling.filter(|_| real) {
+            let fd = pull(&mut plan, self.terminals[n].slave().as_raw_fd());
+            plan.batch.call(
+                "take the terminal",
+                libc::SYS_ioctl,
+                &[fd.into(), libc::TIOCSCTTY.into(), 0.into()],
+            );
+            plan.close(fd);
+        }
+        // By that name, which may lead elsewhere below another root.
+        let name = plan.batch.data(b"/dev/tty\0");
+        let mut by_name = BTreeMap::new();
+        for (n, d) in self.table.descriptions.iter().enumerate() {
+            if !real || !matches!(&d.kind, Kind::Terminal(end) if end.by_name) {
+                continue;
+            }
+            let args = [libc::AT_FDCWD.into(), name.into(), d.flags.into(), 0.into()];
+            let fd = plan.opens("open /dev/tty", libc::SYS_openat, &args);
+            let place = spare();
+            if fd != place {
+                plan.dup(fd, place, true);
+                plan.close(fd);
+            }
+            by_name.insert(n, place);
+        }
 
         let root = pull(&mut plan, self.root.as_raw_fd());
         let dot = plan.batch.data(b".\0");
@@ -128,7 +169,11 @@ impl Opened {
             match first[n] {
                 Some(from) => plan.dup(from, h.fd, h.cloexec),
                 None => {
-                    let got = pull(&mut plan, self.descriptions[n].as_raw_fd());
+                    let got = match &self.descriptions[n] {
+                        Some(fd) => pull(&mut plan, fd.as_raw_fd()),
+                        None if real => by_name[&n],
+                        None => pull(&mut plan, self.cwd.as_raw_fd()),
+                    };
                     if got != h.fd {
                         plan.dup(got, h.fd, h.cloexec);
                         plan.close(got);

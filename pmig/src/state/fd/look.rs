@@ -12,6 +12,7 @@ use nix::sys::stat::{fstatat, FileStat, Mode};
 use nix::sys::statfs::statfs;
 use nix::unistd::read;
 
+use super::terminal::Control;
 use super::MAX_FDS;
 use crate::error::{Context, Error, Obstacle, Result};
 use crate::state::paths::{FilePath, Pinned};
@@ -41,6 +42,7 @@ impl Glance {
 #[derive(Debug, Clone)]
 pub(super) struct Nature {
     pub mode: u32,
+    pub dev: u64,
     pub ino: u64,
     pub rdev: u64,
     /// The file system's magic number, statfs(2).
@@ -71,6 +73,7 @@ pub(super) struct Subject<'a> {
     pub flags: i32,
     pub position: u64,
     pub locked: bool,
+    pub control: Control,
     pub nature: &'a Nature,
 }
 
@@ -203,6 +206,7 @@ impl ProcDir {
         }
         Ok(Some(Nature {
             mode: stat.st_mode,
+            dev: stat.st_dev,
             ino: stat.st_ino,
             rdev: stat.st_rdev,
             magic,

@@ -11,6 +11,7 @@ mod look;
 mod opened;
 mod pipe;
 mod regular;
+mod terminal;
 mod unknown;
 mod watch;
 
@@ -24,11 +25,12 @@ use serde::{Deserialize, Serialize};
 
 pub use device::{Device, Which};
 pub use directory::Directory;
-pub use install::Installation;
+pub use install::{Installation, Whose};
 pub use opened::{Opened, Shape};
 pub use pipe::{Pipe, PipeEnd};
 pub use regular::Regular;
-pub use watch::{preflight, Beat, Watch};
+pub use terminal::{Passage, Taken, Terminal, TerminalEnd};
+pub use watch::{give_back, preflight, Beat, Watch};
 
 use crate::error::{Context, Error, Obstacle, Result};
 use crate::state::objects::OpenFile;
@@ -40,6 +42,9 @@ pub const MAX_FDS: usize = 1 << 16;
 
 /// The most bytes all pipes together may hold.
 const MAX_PIPES: u64 = 4 << 30;
+
+/// The most terminals that are carried.
+const MAX_TERMINALS: usize = 16;
 
 /// Status flags fcntl(2) `F_SETFL` can change on an open description.
 pub(crate) const SETTABLE: i32 =
@@ -60,6 +65,8 @@ pub struct FdTable {
     pub holders: Vec<Holder>,
     /// Pipes whose ends are among the descriptions.
     pub pipes: Vec<Pipe>,
+    /// Terminals that are among them.
+    pub terminals: Vec<Terminal>,
     /// The working directory.
     pub cwd: FilePath,
     /// The root directory; its path and all others are as pmig sees them.
@@ -91,6 +98,7 @@ pub enum Kind {
     Directory(Directory),
     Device(Device),
     Pipe(PipeEnd),
+    Terminal(TerminalEnd),
 }
 
 /// What a room says of a descriptor.
@@ -101,8 +109,13 @@ pub(crate) enum Claim {
 }
 
 /// The rooms. A new kind of descriptor gets its line here.
-const ROOMS: [fn(&Subject<'_>) -> Claim; 4] =
-    [regular::claim, directory::claim, device::claim, pipe::claim];
+const ROOMS: [fn(&Subject<'_>) -> Claim; 5] = [
+    regular::claim,
+    directory::claim,
+    device::claim,
+    pipe::claim,
+    terminal::claim,
+];
 
 /// Finds the one room a descriptor belongs to.
 fn claim(subject: &Subject<'_>) -> std::result::Result<Kind, Obstacle> {
@@ -206,7 +219,14 @@ impl FdTable {
         if next as usize != self.descriptions.len() {
             return bad("a description is held by nobody");
         }
+        if self.terminals.len() > MAX_TERMINALS {
+            return bad("has more terminals than are carried");
+        }
+        if self.terminals.iter().filter(|t| t.controls).count() > 1 {
+            return bad("has more than one terminal that controls the process");
+        }
         let mut ends = vec![false; self.pipes.len()];
+        let mut shown = vec![false; self.terminals.len()];
         for d in &self.descriptions {
             if d.flags & (libc::O_CLOEXEC | libc::O_PATH | libc::O_ASYNC) != 0 || d.flags < 0 {
                 return bad("has impossible flags");
@@ -217,10 +237,24 @@ impl FdTable {
                     None => return bad("an end belongs to no pipe"),
                 }
             }
+            if let Kind::Terminal(end) = &d.kind {
+                let n = end.terminal as usize;
+                match self.terminals.get(n) {
+                    Some(t) if end.by_name && !t.controls => {
+                        return bad("has /dev/tty open, and no terminal that controls it")
+                    }
+                    Some(_) => shown[n] = true,
+                    None => return bad("is of a terminal that there is not"),
+                }
+            }
         }
         if ends.contains(&false) {
             return bad("a pipe has no end");
         }
+        if shown.contains(&false) {
+            return bad("has a terminal that is not open");
+        }
+        self.terminals.iter().try_for_each(Terminal::check)?;
         self.pipes.iter().try_for_each(Pipe::check)?;
         // A pipe's size costs the kernel memory even while it is empty.
         let total: u64 = self.pipes.iter().map(Pipe::size).sum();
@@ -237,6 +271,9 @@ impl FdTable {
             && self.cwd == other.cwd
             && self.root == other.root
             && self.pipes.len() == other.pipes.len()
+            && self.terminals.len() == other.terminals.len()
+            && std::iter::zip(&self.terminals, &other.terminals)
+                .all(|(a, b)| (a.controls, a.hung_up) == (b.controls, b.hung_up))
             && self.descriptions.len() == other.descriptions.len()
             && self
                 .descriptions

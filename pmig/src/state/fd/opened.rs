@@ -6,9 +6,11 @@ use std::os::fd::OwnedFd;
 
 use nix::sys::resource::{getrlimit, setrlimit, Resource};
 
+use super::terminal::{self, Made};
 use super::{device, directory, pipe, regular, Description, FdTable, Kind};
 use crate::error::{Context, Error, Result};
 use crate::state::objects::Opener;
+use crate::sys::tty::Size;
 
 /// What became of a table when the final one arrived.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -24,7 +26,9 @@ pub enum Shape {
 #[derive(Debug)]
 pub struct Opened {
     pub(super) table: FdTable,
-    pub(super) descriptions: Vec<OwnedFd>,
+    /// None where only the process itself can open it: `/dev/tty`.
+    pub(super) descriptions: Vec<Option<OwnedFd>>,
+    pub(super) terminals: Vec<Made>,
     pub(super) cwd: OwnedFd,
     pub(super) root: OwnedFd,
 }
@@ -39,6 +43,11 @@ impl Opened {
         make_room(table.descriptions.len())?;
         let mut ends: BTreeMap<u32, Vec<usize>> = BTreeMap::new();
         let mut fds: Vec<Option<OwnedFd>> = Vec::with_capacity(table.descriptions.len());
+        let mut terminals = table
+            .terminals
+            .iter()
+            .map(Made::new)
+            .collect::<Result<Vec<_>>>()?;
         for (n, d) in table.descriptions.iter().enumerate() {
             fds.push(match &d.kind {
                 Kind::Regular(r) => Some(regular::open(d, r, opener)?),
@@ -48,6 +57,8 @@ impl Opened {
                     ends.entry(end.pipe).or_default().push(n);
                     None
                 }
+                Kind::Terminal(end) if end.by_name => None,
+                Kind::Terminal(end) => Some(terminals[end.terminal as usize].open(d)?),
             });
         }
         for (pipe, ends) in ends {
@@ -59,13 +70,13 @@ impl Opened {
         }
         let cwd = opener.place(&table.cwd)?.into_fd();
         let root = opener.place(&table.root)?.into_fd();
-        let descriptions = fds
-            .into_iter()
-            .collect::<Option<Vec<_>>>()
-            .ok_or_else(|| Error::bad("descriptor table", "a description was not opened"))?;
+        for (made, terminal) in terminals.iter_mut().zip(&table.terminals) {
+            made.finish(terminal);
+        }
         Ok(Opened {
             table,
-            descriptions,
+            descriptions: fds,
+            terminals,
             cwd,
             root,
         })
@@ -89,6 +100,7 @@ impl Opened {
             .zip(before)
             .zip(&self.descriptions)
         {
+            let Some(fd) = fd else { continue };
             if let Kind::Pipe(end) = &d.kind {
                 pipe::set_flags(fd, d)?;
                 let n = end.pipe as usize;
@@ -102,12 +114,30 @@ impl Opened {
                     Kind::Regular(r) => regular::adjust(fd, d, r)?,
                     Kind::Directory(dir) => directory::adjust(fd, d, dir)?,
                     Kind::Device(dev) => device::adjust(fd, d, dev)?,
+                    Kind::Terminal(_) => terminal::set_flags(fd, d)?,
                     Kind::Pipe(_) => {}
                 }
             }
         }
+        for (made, terminal) in self.terminals.iter().zip(&table.terminals) {
+            made.set(terminal)?;
+        }
         self.table = table;
         Ok(Shape::Same)
+    }
+
+    /// The ends that show the terminals, and their sizes, for whoever is to
+    /// hold them: the one that controls the process first. Those that nobody
+    /// holds hang up when this is dropped.
+    pub fn masters(&self) -> Vec<(&OwnedFd, Size)> {
+        let made = self.terminals.iter().zip(&self.table.terminals);
+        let mut all: Vec<_> = made
+            .filter_map(|(made, t)| Some((!t.controls, made.master.as_ref()?, t)))
+            .collect();
+        all.sort_by_key(|(other, ..)| *other);
+        all.into_iter()
+            .map(|(_, master, t)| (master, t.now.as_ref().map_or(Size::default(), |n| n.size)))
+            .collect()
     }
 
     pub fn table(&self) -> &FdTable {

@@ -481,7 +481,7 @@ impl Sleeper {
     fn install(&self, opened: &Opened) {
         let mut stopped = Stopped::seize(self.pid()).unwrap();
         let mut batch = Batch::new();
-        let plan = opened.install(std::process::id() as i32, &mut batch);
+        let plan = opened.install(std::process::id() as i32, &mut batch, Whose::Program);
         let done = stopped.run(batch).unwrap();
         plan.check(&done).unwrap();
         stopped.detach().unwrap();
@@ -574,12 +574,17 @@ fn offsets_and_flags_arrive_on_shared_descriptions() {
             description: 0,
             cloexec: false,
         }],
+        terminals: Vec::new(),
         pipes: Vec::new(),
         cwd: FilePath::new("/").unwrap(),
         root: FilePath::new("/").unwrap(),
     };
     let mut opened = Opened::open(table(2, 0), &opener).unwrap();
-    let shared = opened.descriptions[0].try_clone().unwrap();
+    let shared = opened.descriptions[0]
+        .as_ref()
+        .unwrap()
+        .try_clone()
+        .unwrap();
     assert_eq!(
         opened.finish(table(7, libc::O_APPEND), &opener).unwrap(),
         Shape::Same

@@ -71,14 +71,9 @@ pub(super) fn refuse(s: &Subject<'_>) -> Obstacle {
         return s.obstacle(format!("is {kind}, which cannot be carried yet"), close);
     }
     match s.nature.file_type() {
-        libc::S_IFCHR if (0x88..=0x8f).contains(&nix::sys::stat::major(s.nature.rdev)) => s
-            .obstacle(
-                "is a terminal, which stays on this machine",
-                "start the program with its input and output in files",
-            ),
-        libc::S_IFCHR if [4, 5].contains(&nix::sys::stat::major(s.nature.rdev)) => s.obstacle(
-            "is a terminal, which stays on this machine",
-            "start the program with its input and output in files",
+        libc::S_IFCHR if s.nature.rdev == nix::sys::stat::makedev(5, 2) => s.obstacle(
+            "is the other end of a terminal that programs run in",
+            "move what runs in it, not what shows it",
         ),
         libc::S_IFCHR => s.obstacle(
             "is a device that exists only on this machine",

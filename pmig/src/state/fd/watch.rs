@@ -4,13 +4,17 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsFd, OwnedFd};
 
+use nix::fcntl::{fcntl, FcntlArg};
+
 use super::look::{object, still_there, Glance, Nature, ProcDir, Subject};
+use super::terminal::{self, Control, Passage, Taken, Terminal};
 use super::{claim, pipe, Description, FdTable, Holder, Kind};
 use crate::error::{Context, Error, Obstacle, Result};
 use crate::state::objects::{others_with_pipes, share};
 use crate::state::paths::FilePath;
 use crate::sys::fds::{kcmp_file, tells_by_signal};
 use crate::sys::pidfd;
+use crate::tracee::{Batch, Stopped};
 
 /// In which state the process is looked at.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,6 +39,9 @@ pub struct Watch {
     seen: BTreeMap<i32, (Glance, Nature)>,
     /// Pipes nobody else had open.
     private: BTreeSet<u64>,
+    /// Descriptors of which only the process can say whether they are closed by
+    /// execve(2): their descriptions have that flag too (`TIOCGPTPEER`).
+    ambiguous: BTreeSet<i32>,
 }
 
 /// What stands in the way of moving a process as far as its descriptors go,
@@ -55,6 +62,10 @@ struct Found {
     glance: Glance,
     kind: Kind,
     ino: u64,
+    /// Of a terminal: its device number, and what is known of it.
+    terminal: Option<(u64, Terminal)>,
+    /// The file system of its node.
+    dev: u64,
 }
 
 impl Watch {
@@ -76,6 +87,7 @@ impl Watch {
             pidfd,
             seen: BTreeMap::new(),
             private: BTreeSet::new(),
+            ambiguous: BTreeSet::new(),
         })
     }
 
@@ -88,6 +100,7 @@ impl Watch {
         let mut found = self.claims(&mut obstacles)?;
         let (cwd, root) = self.places(&mut obstacles)?;
         let pipes = self.pipes(&mut found, &mut obstacles)?;
+        let terminals = number_terminals(&mut found, &mut obstacles);
         if !obstacles.is_empty() {
             return Err(Error::Refused(obstacles));
         }
@@ -96,6 +109,7 @@ impl Watch {
             descriptions: Vec::with_capacity(groups.len()),
             holders: Vec::with_capacity(found.len()),
             pipes: vec![pipe::Pipe::default(); pipes],
+            terminals,
             cwd,
             root,
         };
@@ -194,24 +208,33 @@ impl Watch {
         let numbers = self.proc.numbers()?;
         let mut found = Vec::with_capacity(numbers.len());
         let mut seen = BTreeMap::new();
+        // Looked up where there is a terminal.
+        let mut control = None;
         for fd in numbers {
             let Some((glance, nature)) = self.settled(fd, obstacles)? else {
                 continue;
             };
+            if terminal::may_be(nature.rdev) && control.is_none() {
+                control = Some(Control::of(self.pid)?);
+            }
             let subject = Subject {
                 fd,
                 link: &glance.link,
                 flags: glance.flags & !libc::O_CLOEXEC,
                 position: glance.position,
                 locked: glance.locked,
+                control: control.unwrap_or(Control::NONE),
                 nature: &nature,
             };
             match claim(&subject) {
                 Ok(kind) => found.push(Found {
                     fd,
                     glance: glance.clone(),
-                    kind,
                     ino: nature.ino,
+                    dev: nature.dev,
+                    terminal: matches!(kind, Kind::Terminal(_))
+                        .then(|| (terminal::device(&subject), terminal::glance(&subject))),
+                    kind,
                 }),
                 Err(obstacle) => obstacles.push(obstacle),
             }
@@ -309,14 +332,16 @@ impl Watch {
     }
 
     /// What can be asked only of a copy of the descriptor.
-    fn look_inside(&self, table: &mut FdTable) -> Result<()> {
+    fn look_inside(&mut self, table: &mut FdTable) -> Result<()> {
+        let mut ambiguous = BTreeSet::new();
         let mut obstacles = Vec::new();
         let mut done = vec![false; table.pipes.len()];
+        let mut looked = vec![false; table.terminals.len()];
         let mut first = vec![-1; table.descriptions.len()];
         for h in table.holders.iter().rev() {
             first[h.description as usize] = h.fd;
         }
-        for (d, &fd) in table.descriptions.iter().zip(&first) {
+        for (n, (d, &fd)) in table.descriptions.iter().zip(&first).enumerate() {
             let name = || self.name(fd);
             let copy = pidfd::get(self.pidfd.as_fd(), fd).context("copy", name())?;
             if tells_by_signal(copy.as_fd()).context("look at", name())? {
@@ -325,6 +350,21 @@ impl Watch {
                     "is set to send a signal (F_SETOWN, F_SETSIG or F_NOTIFY)",
                     "let the program turn that off first",
                 ));
+            }
+            if let Kind::Terminal(end) = &d.kind {
+                let flags = fcntl(&copy, FcntlArg::F_GETFL).context("read the flags of", name())?;
+                if flags & libc::O_CLOEXEC != 0 {
+                    let its = table.holders.iter().filter(|h| h.description as usize == n);
+                    ambiguous.extend(its.map(|h| h.fd));
+                }
+                let n = end.terminal as usize;
+                if !std::mem::replace(&mut looked[n], true) {
+                    match terminal::look(&copy, &mut table.terminals[n], &name()) {
+                        Ok(()) => {}
+                        Err(Error::Refused(o)) => obstacles.extend(o),
+                        Err(e) => return Err(e),
+                    }
+                }
             }
             if let Kind::Pipe(end) = &d.kind {
                 let n = end.pipe as usize;
@@ -337,10 +377,111 @@ impl Watch {
                 }
             }
         }
+        self.ambiguous = ambiguous;
         if obstacles.is_empty() {
             Ok(())
         } else {
             Err(Error::Refused(obstacles))
         }
     }
+
+    /// Asks the process itself what cannot be seen from outside, if anything.
+    ///
+    /// # Errors
+    /// Those of a batch.
+    pub fn ask(&self, table: &mut FdTable, stopped: &mut Stopped) -> Result<()> {
+        if self.ambiguous.is_empty() {
+            return Ok(());
+        }
+        let mut batch = Batch::new();
+        let mut asked = BTreeMap::new();
+        for &fd in &self.ambiguous {
+            let args = [fd.into(), libc::F_GETFD.into()];
+            let call = batch.call("read the flags of a descriptor", libc::SYS_fcntl, &args);
+            asked.insert(fd, call);
+        }
+        let done = stopped.run(batch)?;
+        for holder in &mut table.holders {
+            if let Some(call) = asked.get(&holder.fd) {
+                holder.cloexec = done.result(*call) & i64::from(libc::FD_CLOEXEC) != 0;
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes the input that was typed for the process and not read yet, from
+    /// the terminal in whose foreground it is: it goes with it. `note` is told
+    /// how that is undone, before it is done and after; whoever holds `passage`
+    /// too can [complete](Taken::complete) what was not noted any more.
+    ///
+    /// # Errors
+    /// Those of the terminal and of `note`. What was noted must be undone.
+    pub fn take_input(
+        &self,
+        table: &mut FdTable,
+        passage: &Passage,
+        note: &mut dyn FnMut(&Taken) -> Result<()>,
+    ) -> Result<()> {
+        let Some(n) = table.terminals.iter().position(|t| t.controls) else {
+            return Ok(());
+        };
+        let Some(now) = &mut table.terminals[n].now else {
+            return Ok(());
+        };
+        if !Control::of(self.pid)?.foreground {
+            return Ok(());
+        }
+        let of_it = |h: &&Holder| {
+            let kind = &table.descriptions[h.description as usize].kind;
+            matches!(kind, Kind::Terminal(end) if end.terminal as usize == n)
+        };
+        let Some(holder) = table.holders.iter().find(of_it) else {
+            return Ok(());
+        };
+        let copy =
+            pidfd::get(self.pidfd.as_fd(), holder.fd).context("copy", self.name(holder.fd))?;
+        terminal::take(&copy, holder.fd, now, passage, note)
+    }
+}
+
+/// Undoes [`Watch::take_input`] for a process that stands still.
+///
+/// # Errors
+/// Those of the terminal; a process that is gone needs nothing.
+pub fn give_back(pid: i32, taken: &Taken) -> Result<()> {
+    let process = match pidfd::open(pid) {
+        Err(e) if e.raw_os_error() == Some(libc::ESRCH) => return Ok(()),
+        other => other.context("open a handle on", format!("process {pid}"))?,
+    };
+    match pidfd::get(process.as_fd(), taken.fd) {
+        Err(e) if e.raw_os_error() == Some(libc::ESRCH) => Ok(()),
+        other => taken.give_back(&other.context("copy", format!("fd {}", taken.fd))?),
+    }
+}
+
+/// Numbers the terminals; those of one device are one.
+fn number_terminals(found: &mut [Found], obstacles: &mut Vec<Obstacle>) -> Vec<Terminal> {
+    let mut index: BTreeMap<u64, u32> = BTreeMap::new();
+    let mut places: BTreeMap<u64, u64> = BTreeMap::new();
+    let mut all: Vec<Terminal> = Vec::new();
+    for f in found {
+        let Some((device, terminal)) = f.terminal.take() else {
+            continue;
+        };
+        let Kind::Terminal(end) = &mut f.kind else {
+            continue;
+        };
+        end.terminal = *index.entry(device).or_insert_with(|| {
+            all.push(terminal);
+            all.len() as u32 - 1
+        });
+        if !end.by_name && *places.entry(device).or_insert(f.dev) != f.dev {
+            obstacles.push(Obstacle::new(
+                object(f.fd, &f.glance.link),
+                "is a terminal of another instance of devpts than one with the same number",
+                "let the program close one of them",
+            ));
+        }
+    }
+    all
 }
