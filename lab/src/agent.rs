@@ -6,9 +6,12 @@ use anyhow::{bail, Context, Result};
 use nix::sys::signal::{kill, killpg, Signal};
 use nix::time::{clock_gettime, ClockId};
 use nix::unistd::Pid;
+use pmig::sys::spawn::on_terminal;
+use pmig::sys::tty::{self, Size};
 use std::collections::HashMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
+use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
@@ -42,6 +45,8 @@ struct Talk {
     out: Out,
     running: Arc<Mutex<Option<Pid>>>,
     input: Option<ChildStdin>,
+    /// The terminal of the command that runs.
+    terminal: Option<File>,
     file: Option<File>,
     hold: bool,
 }
@@ -68,6 +73,7 @@ impl Agent {
             out: Arc::new(Mutex::new(out)),
             running: Arc::default(),
             input: None,
+            terminal: None,
             file: None,
             hold: false,
         };
@@ -109,6 +115,19 @@ impl Agent {
                 };
                 result?;
             }
+            Tag::Input if talk.terminal.is_some() => {
+                if let Some(terminal) = &mut talk.terminal {
+                    // What runs there may have ended.
+                    let _ = terminal.write_all(payload);
+                }
+            }
+            Tag::Size => {
+                if let (Some(terminal), Ok((rows, cols))) =
+                    (&talk.terminal, serde_json::from_slice(payload))
+                {
+                    let _ = tty::set_size(terminal.as_fd(), size(rows, cols));
+                }
+            }
             Tag::Input if payload.is_empty() => talk.input = None,
             Tag::Input => {
                 if let Some(stdin) = &mut talk.input {
@@ -134,8 +153,15 @@ impl Agent {
                 talk.hold = false;
                 Reply::Done
             }
-            Request::Exec { cmd, input } => {
-                self.exec(talk, &cmd, input)?;
+            Request::Exec {
+                cmd,
+                input,
+                terminal,
+            } => {
+                match terminal {
+                    Some((rows, cols)) => self.exec_on_terminal(talk, &cmd, size(rows, cols))?,
+                    None => self.exec(talk, &cmd, input)?,
+                }
                 return Ok(None);
             }
             Request::Spawn { cmd, output } => self.spawn(&cmd, &output)?,
@@ -203,6 +229,41 @@ impl Agent {
         Ok(())
     }
 
+    fn exec_on_terminal(&self, talk: &mut Talk, cmd: &Cmd, size: Size) -> Result<()> {
+        let (master, slave) = tty::pair().context("make a terminal")?;
+        tty::set_size(slave.as_fd(), size)?;
+        let mut command = command(cmd)?;
+        command.env("TERM", "xterm-256color");
+        on_terminal(&mut command, &slave)?;
+        let mut child = start(&mut command, cmd)?;
+        // Those of this process would keep it open when the command has ended.
+        drop((command, slave));
+        talk.terminal = Some(File::from(master.try_clone()?));
+        let group = Pid::from_raw(child.id() as i32);
+        *lock(&talk.running) = Some(group);
+        let (out, running) = (Arc::clone(&talk.out), Arc::clone(&talk.running));
+        thread::spawn(move || {
+            let pumped = File::from(master);
+            let to = Arc::clone(&out);
+            let (done, wait) = std::sync::mpsc::channel();
+            thread::spawn(move || {
+                pump(pumped, Tag::Output, &to);
+                let _ = done.send(());
+            });
+            let status = child.wait();
+            let _ = wait.recv_timeout(std::time::Duration::from_millis(300));
+            let reply = match status {
+                Ok(status) => Reply::Ended(Some(ended(status))),
+                Err(e) => Reply::Failed {
+                    error: format!("wait: {e}"),
+                },
+            };
+            *lock(&running) = None;
+            let _ = wire::write_json(&mut **lock(&out), Tag::Reply, &reply);
+        });
+        Ok(())
+    }
+
     fn spawn(&self, cmd: &Cmd, output: &str) -> Result<Reply> {
         let out = OpenOptions::new()
             .write(true)
@@ -226,6 +287,14 @@ impl Agent {
             }
         });
         Ok(Reply::Spawned { pid })
+    }
+}
+
+fn size(rows: u16, cols: u16) -> Size {
+    Size {
+        rows,
+        cols,
+        ..Size::default()
     }
 }
 

@@ -23,6 +23,7 @@ pub mod session;
 pub mod state;
 pub mod steps;
 pub mod sys;
+pub mod terminal;
 pub mod tools;
 pub mod victim;
 pub mod vm;

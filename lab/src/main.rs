@@ -4,7 +4,7 @@ use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use lab::steps::Steps;
 use lab::{serve, state, Cmd, Make};
-use std::io::{stderr, stdout, IsTerminal};
+use std::io::{stderr, stdin, stdout, IsTerminal};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -129,6 +129,10 @@ fn run(words: Words) -> Result<ExitCode> {
         },
         Words::Exec { host, command } => {
             let host = state::current()?.host(&host)?;
+            if stdin().is_terminal() && stdout().is_terminal() {
+                let status = lab::console::on_terminal(&*host, &Cmd::new(command))?;
+                return Ok(ExitCode::from(u8::try_from(status.code()).unwrap_or(1)));
+            }
             let input = (!std::io::stdin().is_terminal()).then(lab::host::own_input);
             let status =
                 host.talk()?

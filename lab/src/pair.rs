@@ -271,7 +271,15 @@ pub fn serve(host: &dyn Host, env: &[(&str, &str)]) -> Result<u32> {
 /// # Errors
 /// The host is gone.
 pub fn tidy(host: &dyn Host) -> Result<()> {
-    let others = ["pmig", "python3", "perl", "kmod_hammer", "sleep"];
+    let others = [
+        "pmig",
+        "python3",
+        "perl",
+        "kmod_hammer",
+        "sleep",
+        "vim.tiny",
+        "less",
+    ];
     for process in host.ps()? {
         let Some(program) = process.cmdline.first() else {
             continue;

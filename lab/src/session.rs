@@ -8,8 +8,17 @@ use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::sync::mpsc::Receiver;
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+/// What is done at a terminal.
+#[derive(Debug)]
+pub enum Typed {
+    Keys(Vec<u8>),
+    /// It has so many rows and columns now.
+    Size(u16, u16),
+}
 
 /// A connection to an agent; requests go through it one at a time.
 #[derive(Debug)]
@@ -87,7 +96,7 @@ impl Session {
                     Reply::Failed { error } => bail!("{error}"),
                     reply => return Ok(reply),
                 },
-                Tag::Request | Tag::Input => bail!("the agent speaks out of turn"),
+                Tag::Request | Tag::Input | Tag::Size => bail!("the agent speaks out of turn"),
             }
         }
     }
@@ -114,6 +123,7 @@ impl Session {
         let request = Request::Exec {
             cmd: cmd.clone(),
             input: input.is_some(),
+            terminal: None,
         };
         wire::write_json(&mut self.stream, Tag::Request, &request).context("ask the agent")?;
         if let Some(input) = input {
@@ -122,6 +132,45 @@ impl Session {
             thread::spawn(move || feed(&mut stream, input));
         }
         match self.answer(out, err)? {
+            Reply::Ended(Some(status)) => Ok(status),
+            other => bail!("a reply of another kind: {other:?}"),
+        }
+    }
+
+    /// Runs a command on a terminal of that size, on which is typed what comes
+    /// from `typed`.
+    ///
+    /// # Errors
+    /// As [`Session::ask`].
+    pub fn exec_on_terminal(
+        &mut self,
+        cmd: &wire::Cmd,
+        size: (u16, u16),
+        typed: Receiver<Typed>,
+        out: &mut dyn Write,
+    ) -> Result<Status> {
+        let request = Request::Exec {
+            cmd: cmd.clone(),
+            input: true,
+            terminal: Some(size),
+        };
+        wire::write_json(&mut self.stream, Tag::Request, &request).context("ask the agent")?;
+        let mut stream = self.stream.try_clone()?;
+        // Not joined: nobody may ever type again.
+        thread::spawn(move || {
+            for typed in typed {
+                let sent = match typed {
+                    Typed::Keys(keys) => wire::write_frame(&mut stream, Tag::Input, &keys),
+                    Typed::Size(rows, cols) => {
+                        wire::write_json(&mut stream, Tag::Size, &(rows, cols))
+                    }
+                };
+                if sent.is_err() {
+                    return;
+                }
+            }
+        });
+        match self.answer(out, &mut std::io::sink())? {
             Reply::Ended(Some(status)) => Ok(status),
             other => bail!("a reply of another kind: {other:?}"),
         }

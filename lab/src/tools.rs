@@ -6,7 +6,7 @@ use anyhow::Result;
 use std::process::Command;
 
 /// A program and the Debian package that brings it.
-const PACKAGES: [(&str, &str); 8] = [
+const PACKAGES: [(&str, &str); 10] = [
     ("qemu-system-x86_64", "qemu-system-x86"),
     ("mmdebstrap", "mmdebstrap"),
     ("mke2fs", "e2fsprogs"),
@@ -15,6 +15,8 @@ const PACKAGES: [(&str, &str); 8] = [
     ("nsenter", "util-linux"),
     ("newuidmap", "uidmap"),
     ("iperf3", "iperf3"),
+    ("vim.tiny", "vim-tiny"),
+    ("less", "less"),
 ];
 
 /// True if the program is on the search path, or where root's programs lie.

@@ -27,6 +27,8 @@ pub enum Tag {
     Error,
     /// A [`Reply`] in JSON: the end of the request.
     Reply,
+    /// The terminal's new size: two numbers in JSON, rows and columns.
+    Size,
 }
 
 impl Tag {
@@ -37,6 +39,7 @@ impl Tag {
             3 => Self::Output,
             4 => Self::Error,
             5 => Self::Reply,
+            6 => Self::Size,
             _ => return None,
         })
     }
@@ -48,6 +51,7 @@ impl Tag {
             Self::Output => 3,
             Self::Error => 4,
             Self::Reply => 5,
+            Self::Size => 6,
         }
     }
 }
@@ -111,8 +115,13 @@ pub enum Request {
     Hold,
     /// Take back [`Request::Hold`].
     Free,
-    /// Run a command and wait for it.
-    Exec { cmd: Cmd, input: bool },
+    /// Run a command and wait for it, on a terminal of so many rows and columns
+    /// or with pipes.
+    Exec {
+        cmd: Cmd,
+        input: bool,
+        terminal: Option<(u16, u16)>,
+    },
     /// Start a command in a session of its own, its output going to a file.
     Spawn { cmd: Cmd, output: String },
     /// How a spawned command ended, if it has.

@@ -11,6 +11,7 @@ mod listing;
 mod moving;
 mod refusing;
 mod surviving;
+mod terminals;
 
 use lab::harness::{main as run, Trial};
 use std::process::ExitCode;
@@ -21,6 +22,7 @@ fn main() -> ExitCode {
     trials.extend(moving::trials());
     trials.extend(listing::trials());
     trials.extend(dumping::trials());
+    trials.extend(terminals::trials());
     trials.extend(refusing::trials());
     trials.extend(surviving::trials());
     trials.extend(faults::trials());

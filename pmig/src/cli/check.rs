@@ -28,6 +28,8 @@ struct Process {
     to: Option<Addr>,
     can_move: bool,
     obstacles: Vec<Obstacle>,
+    /// What will not be as it was.
+    notes: Vec<String>,
 }
 
 /// What a program can notice of a move.
@@ -117,6 +119,11 @@ fn obstacles(pid: i32, addr: Option<&Addr>, args: &Check) -> Result<Vec<Obstacle
 fn process(pid: i32, addr: Option<&Addr>, obstacles: Vec<Obstacle>, as_json: bool) -> Exit {
     let comm = comm(pid);
     let can_move = obstacles.is_empty();
+    // What it had open may be gone by now.
+    let notes = match can_move {
+        true => source::notes(pid).unwrap_or_default(),
+        false => Vec::new(),
+    };
     if as_json {
         json(&Process {
             pid,
@@ -124,6 +131,7 @@ fn process(pid: i32, addr: Option<&Addr>, obstacles: Vec<Obstacle>, as_json: boo
             to: addr.cloned(),
             can_move,
             obstacles,
+            notes,
         });
     } else {
         refusal(pid, &comm, addr, &obstacles)
@@ -131,6 +139,9 @@ fn process(pid: i32, addr: Option<&Addr>, obstacles: Vec<Obstacle>, as_json: boo
             .for_each(|l| line(l));
         if can_move {
             line(&format!("  {CHANGES}"));
+            notes
+                .iter()
+                .for_each(|n| line(&format!("  {}", printable(n))));
         }
     }
     if can_move {

@@ -8,7 +8,7 @@ use std::os::unix::ffi::OsStringExt;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::unistd::setsid;
 use serde::{Deserialize, Serialize};
@@ -17,11 +17,15 @@ use super::{make_folder, Line};
 use crate::error::{printable, Context, Error, Result};
 use crate::id::Id;
 use crate::image::Picture;
+use crate::proc::stat::Stat;
 use crate::sys::spawn;
 use crate::sys::tty::{self, Modes, Size};
 
 /// How long a holder may take to do what it is told.
 const PATIENCE: Duration = Duration::from_secs(10);
+
+/// The place of the parent in proc_pid_stat(5).
+const PARENT: usize = 4;
 
 /// What a holder is told.
 #[derive(Debug, Serialize, Deserialize)]
@@ -101,14 +105,19 @@ impl Adopting {
     ///
     /// # Errors
     /// It does not become one.
-    pub fn leave(mut self) -> Result<()> {
+    pub fn leave(mut self, pid: i32) -> Result<()> {
+        let parent = || Stat::read(pid)?.fields::<1>(PARENT);
+        let holder = parent()?;
         self.line.say(&Setup::Leave)?;
-        // Nothing is said: it ends.
-        match self.line.hear::<Answer>() {
-            Err(Error::Bad { .. }) => Ok(()),
-            Err(e) => Err(e),
-            Ok(_) => Err(Error::bad("holder", "does not end")),
+        // Its end of the line is closed before its children are given away.
+        let begun = Instant::now();
+        while parent()? == holder {
+            if begun.elapsed() > PATIENCE {
+                return Err(Error::bad("holder", "does not end"));
+            }
+            std::thread::sleep(Duration::from_micros(50));
         }
+        Ok(())
     }
 
     /// The program runs.

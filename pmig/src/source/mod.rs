@@ -8,6 +8,7 @@
 
 mod files;
 mod last;
+mod notes;
 mod rehearse;
 mod send;
 mod times;
@@ -47,6 +48,7 @@ use crate::sys::memory::keep_in;
 use crate::tracee::{Ground, Stopped};
 use crate::transport::Addr;
 use files::SourceFiles;
+pub use notes::notes;
 use undo::{abandon, give_input_back, has_ended, GiveBack};
 
 /// How long the target may take to answer while nothing stands still.
@@ -263,8 +265,9 @@ impl<'a> Run<'a> {
             kernel_to: accepted.kernel.clone(),
             pcb: backend.name().into(),
         }));
-        for text in &accepted.notes {
-            progress.event(&Event::Note { text: text.clone() });
+        let more = notes::of_terminals(pid, &preview.descriptors)?;
+        for text in accepted.notes.iter().cloned().chain(more) {
+            progress.event(&Event::Note { text });
         }
         files.plan(&accepted.ship)?;
         let mut run = Run {

@@ -497,7 +497,8 @@ impl Building {
         if pcb.attributes.parent_death_signal == 0 || !self.descriptors.masters().is_empty() {
             return Ok(());
         }
-        self.holder.take().map_or(Ok(()), Adopting::leave)
+        let pid = self.record.record().pid;
+        self.holder.take().map_or(Ok(()), |h| h.leave(pid))
     }
 
     /// Says that all is ready, and waits for the order.
