@@ -5,6 +5,7 @@ use lab::harness::{CannotHere, Trial};
 use lab::scenario::{gone, migrate, wait, Moved, Program, Through, Way, LIMIT};
 use lab::terminal::Terminal;
 use lab::{Cmd, Host, Lab, Make, Status};
+use pmig::phase::Phase;
 use std::time::Duration;
 
 type Claim = (&'static str, fn(&Lab, Way) -> Result<()>);
@@ -59,6 +60,19 @@ pub fn trials() -> Vec<Trial> {
                     }
                 }));
             }
+        }
+    }
+    for phase in Phase::ALL.into_iter().filter(|p| *p >= Phase::Freeze) {
+        for (kind, role) in [
+            ("kill", "source"),
+            ("cut", "source"),
+            ("stall", "source"),
+            ("kill", "keeper"),
+        ] {
+            let name = format!("terminals::{role}_{kind}_at_{phase}_loses_no_key");
+            let fault = format!("{phase}:{kind}:{role}");
+            let body = move |lab: &Lab| no_key_lost(lab, &fault);
+            trials.push(Trial::new(Make::Netns, name, body));
         }
     }
     for make in [Make::Netns, Make::Vm] {
@@ -236,6 +250,28 @@ fn reads_all(host: &dyn Host, program: &Program) -> Result<()> {
     host.write("/srv/work/read", 0o644, b"")?;
     there.sees(GOT)?;
     there.detach()
+}
+
+fn no_key_lost(lab: &Lab, fault: &str) -> Result<()> {
+    let program = slow_reader(lab.a())?;
+    let env = [("PMIG_FAULT", fault), ("PMIG_PATIENCE_MS", "2000")];
+    // However it ends: whoever stalls is ended by the keeper.
+    migrate(lab.a(), lab.b(), &program, "", &env)?;
+    let mut place = None;
+    wait("it to run in one place", LIMIT, || {
+        let runs = |host: &dyn Host| -> Result<bool> {
+            // What is left to be decided is.
+            let _ = host.exec(&Cmd::new(["pmig", "resolve"]))?;
+            Ok(host.process(program.pid)?.is_some_and(|p| p.state != 'Z'))
+        };
+        place = match (runs(lab.a())?, runs(lab.b())?) {
+            (true, false) => Some(lab.a()),
+            (false, true) => Some(lab.b()),
+            _ => None,
+        };
+        Ok(place.is_some())
+    })?;
+    reads_all(place.context("it is nowhere")?, &program)
 }
 
 fn to_and_fro(lab: &Lab) -> Result<()> {

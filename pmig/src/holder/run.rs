@@ -107,9 +107,8 @@ pub fn run() -> Result<()> {
     // Where it was started may be unmounted.
     let _ = chdir("/");
     let _ = fs::write("/proc/self/oom_score_adj", "-500");
-    match holder.id {
-        Some(_) => holder.setup = Some(Line::patient(stream, LONGEST_SETUP)?),
-        None => holder.open_door()?,
+    if holder.id.is_some() {
+        holder.setup = Some(Line::patient(stream, LONGEST_SETUP)?);
     }
     holder.live();
     Ok(())
@@ -127,6 +126,8 @@ fn begin(first: Setup) -> Result<Holder> {
             let (pid, master) = setup::spawn(&argv, size, modes).context("start", what)?;
             let mut holder = Holder::of(pid, None)?;
             holder.terminals.push(Shown::new(master, size)?);
+            // Whoever asked for it may look at once.
+            holder.open_door()?;
             Ok(holder)
         }
         Setup::Leave | Setup::Go(_) => Err(Error::bad("holder", "is told to hold nobody")),
@@ -280,14 +281,16 @@ impl Holder {
         }
         for client in &self.clients {
             let mut events = PollFlags::empty();
-            // Whoever types faster than the program reads has to wait.
-            if client.sees.is_none_or(|n| !self.is_full(n)) {
+            if self.may_speak(client) {
                 events |= PollFlags::POLLIN;
             }
             if client.line.pending() > 0 {
                 events |= PollFlags::POLLOUT;
             }
-            fds.push(PollFd::new(client.line.fd(), events));
+            // The end of one that is not listened to is heard later.
+            if !events.is_empty() {
+                fds.push(PollFd::new(client.line.fd(), events));
+            }
         }
         let timeout = match timeout {
             None => PollTimeout::NONE,
@@ -303,9 +306,12 @@ impl Holder {
         self.clients.iter().any(|c| c.holds)
     }
 
-    fn is_full(&self, terminal: usize) -> bool {
-        let keys = self.terminals.get(terminal).map(|t| t.keys.len());
-        keys.is_some_and(|n| n + MAX_KEYS > Picture::MOST_KEPT)
+    /// Whoever types faster than the program reads has to wait, and whoever asks
+    /// and does not listen.
+    fn may_speak(&self, client: &Client) -> bool {
+        let shown = client.sees.and_then(|n| self.terminals.get(n));
+        let full = shown.is_some_and(|t| t.keys.len() + MAX_KEYS > Picture::MOST_KEPT);
+        !full && client.line.pending() <= MAX_BEHIND
     }
 
     fn hear_setup(&mut self) {
@@ -362,19 +368,16 @@ impl Holder {
 
     fn hear_clients(&mut self) {
         for n in 0..self.clients.len() {
-            let full = self.clients[n].sees.is_some_and(|t| self.is_full(t));
-            let client = &mut self.clients[n];
-            if !full {
-                match client.line.read() {
-                    Ok(0) => client.gone = true,
-                    Err(e) if e.kind() != io::ErrorKind::WouldBlock => client.gone = true,
-                    _ => {}
-                }
+            if !self.may_speak(&self.clients[n]) {
+                continue;
             }
-            loop {
-                if self.clients[n].sees.is_some_and(|t| self.is_full(t)) {
-                    break;
-                }
+            let client = &mut self.clients[n];
+            match client.line.read() {
+                Ok(0) => client.gone = true,
+                Err(e) if e.kind() != io::ErrorKind::WouldBlock => client.gone = true,
+                _ => {}
+            }
+            while self.may_speak(&self.clients[n]) {
                 match self.clients[n].line.next() {
                     Ok(None) => break,
                     Ok(Some(ask)) => self.answer(n, ask),

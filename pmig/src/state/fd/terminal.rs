@@ -504,6 +504,42 @@ mod tests {
     }
 
     #[test]
+    fn whoever_holds_the_passage_gives_back_what_was_not_noted() {
+        let (master, slave) = tty::pair().unwrap();
+        nix::unistd::write(&master, b"one\ntw").unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        let mut terminal = Terminal {
+            controls: true,
+            hung_up: false,
+            now: None,
+        };
+        look(&slave, &mut terminal, "it").unwrap();
+        let passage = Passage::new().unwrap();
+        let mut noted = None;
+        let mut note = |t: &Taken| match t.bytes {
+            None => {
+                noted = Some(t.clone());
+                Ok(())
+            }
+            // As if it died here.
+            Some(_) => Err(Error::Interrupted),
+        };
+        let mut now = terminal.now.unwrap();
+        take(&slave, 0, &mut now, &passage, &mut note).unwrap_err();
+        let mut noted = noted.unwrap();
+        assert!(noted.complete(&passage).unwrap());
+        assert!(!noted.complete(&passage).unwrap());
+        noted.give_back(&slave).unwrap();
+        nix::unistd::write(&master, b"\x7fwo\n").unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        let mut part = [0; 100];
+        for expected in ["one\n", "two\n"] {
+            let n = read(&slave, &mut part).unwrap();
+            assert_eq!(&part[..n], expected.as_bytes());
+        }
+    }
+
+    #[test]
     fn input_comes_through_a_move_and_can_be_given_back() {
         let mut keys: Vec<&[u8]> = vec![b"", b"one\ntwo", b"\x04", b"a\x04b\nc", b"\x16\x03x\n"];
         let all: Vec<u8> = (32..127).collect();
