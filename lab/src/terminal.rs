@@ -50,16 +50,18 @@ impl Terminal {
         let what = format!("{} on {}", words.join(" "), host.name());
         let cmd = Cmd::new(words.iter().copied()).env("TERM", "xterm-256color");
         let (keys, typed) = channel();
-        let (mut out, shown) = UnixStream::pair()?;
+        let (out, shown) = UnixStream::pair()?;
         let mut session = host.talk()?;
         let command = thread::spawn(move || {
-            let status = session.exec_on_terminal(&cmd, SIZE, typed, &mut out);
-            let _ = out.shutdown(Shutdown::Both);
+            let end = out.try_clone()?;
+            // rexpect's own way takes some letters for parts of sequences.
+            let mut text = strip_ansi_escapes::Writer::new(out);
+            let status = session.exec_on_terminal(&cmd, SIZE, typed, &mut text);
+            let _ = text.flush();
+            let _ = end.shutdown(Shutdown::Both);
             status
         });
-        let options = Options::new()
-            .timeout_ms(Some(PATIENCE))
-            .strip_ansi_escape_codes(true);
+        let options = Options::new().timeout_ms(Some(PATIENCE));
         Ok(Self {
             what,
             screen: StreamSession::new(shown, Keys(keys.clone()), options),
