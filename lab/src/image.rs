@@ -163,6 +163,11 @@ impl Image {
         Ok(Self { directory })
     }
 
+    /// Where it lies, and what is made from it.
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
     /// The kernel's release, such as 6.12.48+deb13-cloud-amd64.
     ///
     /// # Errors

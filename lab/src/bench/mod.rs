@@ -3,6 +3,8 @@
 
 pub mod link;
 pub mod moves;
+pub mod peer;
+pub mod plot;
 pub mod rows;
 pub mod summary;
 

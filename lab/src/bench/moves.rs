@@ -28,6 +28,8 @@ pub struct Mover {
     output: String,
     /// More words for `pmig migrate`.
     more: String,
+    /// It starts anew when it has written so many bytes.
+    most_written: u64,
 }
 
 /// One move as pmig tells it.
@@ -46,10 +48,10 @@ impl Told {
     }
 }
 
-/// One move of a ticking program.
+/// One move of a ticking program, and what is told of it by whoever moved it.
 #[derive(Clone, Debug)]
-pub struct Moved {
-    pub told: Told,
+pub struct Moved<T = Told> {
+    pub told: T,
     /// The largest gap in its time stamps around the move.
     pub gap: Duration,
     /// The gap between its last line here and its first there.
@@ -73,6 +75,7 @@ impl Mover {
             argv: line.split_whitespace().map(str::to_owned).collect(),
             output: format!("{WORK}/bench.{count}"),
             more: more.into(),
+            most_written: MOST_WRITTEN,
         };
         mover.run()?;
         Ok(mover)
@@ -120,10 +123,18 @@ impl Mover {
     /// # Errors
     /// What pmig says, or a line lost, doubled or out of place.
     pub fn tick(&mut self) -> Result<Moved> {
+        self.tick_by(Self::go)
+    }
+
+    /// The same, moved by any means.
+    ///
+    /// # Errors
+    /// As [`Mover::tick`].
+    pub fn tick_by<T>(&mut self, go: impl FnOnce(&mut Self) -> Result<T>) -> Result<Moved<T>> {
         let stage = Rc::clone(&self.stage);
         let (here, there) = (stage.host(self.at), stage.host(1 - self.at));
         let mut from = self.written(here)?;
-        if from > MOST_WRITTEN {
+        if from > self.most_written {
             self.end()?;
             self.run()?;
             from = self.written(here)?;
@@ -132,7 +143,7 @@ impl Mover {
         let settle = Duration::from_millis(150);
         thread::sleep(settle + 2 * window());
         let asked = here.clocks()?.realtime;
-        let told = self.go()?;
+        let told = go(self)?;
         thread::sleep(settle + window());
         let left = self.written(here)?;
         let ahead = match self.stage.lab.make() {
@@ -149,6 +160,27 @@ impl Mover {
             switch: nanos(first - last),
             baseline: ticks.largest(asked - 2 * window, asked),
         })
+    }
+
+    /// Has it start anew more often, since what it wrote takes time to be moved
+    /// by other means.
+    pub fn write_less(&mut self, most: u64) {
+        self.most_written = most;
+    }
+
+    /// Its PID.
+    pub fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// The file that it writes to.
+    pub fn output(&self) -> &str {
+        &self.output
+    }
+
+    /// It is on the other host now.
+    pub fn arrived(&mut self) {
+        self.at = 1 - self.at;
     }
 
     /// What the link between the hosts can do.

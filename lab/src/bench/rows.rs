@@ -4,6 +4,7 @@
 use super::link::Link;
 use super::median;
 use super::moves::{Moved, Told};
+use super::peer::Means;
 use crate::host::Make;
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
@@ -16,6 +17,11 @@ pub struct Results {
     pub links: Vec<LinkRow>,
     pub freezes: Vec<FreezeRow>,
     pub throughputs: Vec<ThroughputRow>,
+    #[serde(default)]
+    pub peers: Vec<PeerRow>,
+    /// CRIU's version on each make of hosts.
+    #[serde(default)]
+    pub versions: Vec<(Make, String)>,
     /// What this machine cannot measure.
     pub skipped: Vec<Missing>,
     /// What went wrong.
@@ -71,6 +77,25 @@ pub struct FreezeRow {
     pub total_ms: f64,
 }
 
+/// A ticking program moved by different means.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct PeerRow {
+    pub hosts: Make,
+    /// By which means, as a person reads it.
+    pub means: String,
+    pub mode: String,
+    pub resident_mb: u32,
+    pub moves: usize,
+    /// As of [`FreezeRow`].
+    pub gap_ms: f64,
+    pub worst_ms: f64,
+    pub baseline_ms: f64,
+    /// From the first command to the last page at the target.
+    pub total_ms: f64,
+    /// Resident bytes per second of that.
+    pub rate: f64,
+}
+
 /// How fast the memory of an idle program travelled.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct ThroughputRow {
@@ -94,6 +119,13 @@ impl Results {
         Self {
             short: super::short(),
             ..Self::default()
+        }
+    }
+
+    /// Notes CRIU's version, once for each make of hosts.
+    pub fn note_peer(&mut self, hosts: Make, version: &str) {
+        if self.versions.iter().all(|(known, _)| *known != hosts) {
+            self.versions.push((hosts, version.into()));
         }
     }
 
@@ -169,6 +201,30 @@ impl FreezeRow {
             switch_ms: of(&|moved| ms(moved.switch)),
             baseline_ms: of(&|moved| ms(moved.baseline)),
             total_ms: of(&|moved| ms(moved.told.summary.total)),
+        }
+    }
+}
+
+impl PeerRow {
+    /// The medians of some moves.
+    pub fn new(
+        (hosts, means): (Make, Means),
+        (mode, resident_mb): (&str, u32),
+        moves: &[Moved<Duration>],
+    ) -> Self {
+        let gaps = moves.iter().map(|moved| ms(moved.gap));
+        let total_ms = median(moves.iter().map(|moved| ms(moved.told)));
+        Self {
+            hosts,
+            means: means.name().into(),
+            mode: mode.into(),
+            resident_mb,
+            moves: moves.len(),
+            gap_ms: median(gaps.clone()),
+            worst_ms: gaps.fold(0.0, f64::max),
+            baseline_ms: median(moves.iter().map(|moved| ms(moved.baseline))),
+            total_ms,
+            rate: f64::from(resident_mb) * 1_048_576.0 / (total_ms / 1e3),
         }
     }
 }

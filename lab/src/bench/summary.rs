@@ -1,6 +1,7 @@
 //! The benches' results as a person reads them, and where they are kept.
 
-use super::rows::{FreezeRow, Missing, Results, ThroughputRow};
+use super::plot;
+use super::rows::{FreezeRow, Missing, PeerRow, Results, ThroughputRow};
 use crate::build;
 use anyhow::{Context, Result};
 use serde::Serialize;
@@ -10,7 +11,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 /// The benches, in the order of the summary.
-const BENCHES: [&str; 2] = ["freeze_time", "throughput"];
+const BENCHES: [&str; 3] = ["freeze_time", "throughput", "peer"];
 
 fn directory() -> Result<PathBuf> {
     let lab = build::directory()?;
@@ -52,6 +53,9 @@ fn keep(bench: &str, results: &Results) -> Result<()> {
         .iter()
         .filter_map(known)
         .collect::<Vec<(String, Results)>>();
+    for (name, picture) in plot::all(&results.peers)? {
+        put(&name, &picture)?;
+    }
     let text = text(&all);
     put("summary.md", &text)?;
     let all = all
@@ -90,6 +94,10 @@ fn text(all: &[(String, Results)]) -> String {
         }
         text += &freezes(&results.freezes);
         text += &throughputs(&results.throughputs);
+        for (hosts, version) in &results.versions {
+            let _ = writeln!(text, "CRIU {version} on {hosts}.\n");
+        }
+        text += &peers(&results.peers);
         text += &missing("Skipped, since this machine cannot", &results.skipped);
         text += &missing("Failed", &results.failed);
     }
@@ -191,6 +199,42 @@ fn throughputs(rows: &[ThroughputRow]) -> String {
     format!(
         "Medians. Memory: incompressible bytes per second of the copy. Ratio: against iperf3 just \
          before it. Of ideal: the whole move against the memory at iperf3's rate.\n\n{}\n",
+        table(&lines)
+    )
+}
+
+fn peers(rows: &[PeerRow]) -> String {
+    if rows.is_empty() {
+        return String::new();
+    }
+    let mut lines = vec![[
+        "program",
+        "moved by",
+        "moves",
+        "gap",
+        "worst",
+        "gap unmoved",
+        "whole move",
+        "memory",
+    ]
+    .map(str::to_owned)
+    .to_vec()];
+    for row in rows {
+        lines.push(vec![
+            format!("{} {} {} MB", row.hosts, row.mode, row.resident_mb),
+            row.means.clone(),
+            row.moves.to_string(),
+            ms(row.gap_ms),
+            ms(row.worst_ms),
+            ms(row.baseline_ms),
+            ms(row.total_ms),
+            rate(row.rate),
+        ]);
+    }
+    format!(
+        "Medians in milliseconds. Gap: the largest in the program's own time stamps around its \
+         move. Whole move: from the first command to the last page at the target. Memory: what is \
+         resident, by that time.\n\n{}\n",
         table(&lines)
     )
 }

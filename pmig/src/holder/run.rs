@@ -125,7 +125,7 @@ fn begin(first: Setup) -> Result<Holder> {
             let what = argv.first().map(setup::word).unwrap_or_default();
             let (pid, master) = setup::spawn(&argv, size, modes).context("start", what)?;
             let mut holder = Holder::of(pid, None)?;
-            holder.terminals.push(Shown::new(master, size)?);
+            holder.terminals.push(Shown::new(master, size, true)?);
             // Whoever asked for it may look at once.
             holder.open_door()?;
             Ok(holder)
@@ -135,11 +135,11 @@ fn begin(first: Setup) -> Result<Holder> {
 }
 
 impl Shown {
-    fn new(master: OwnedFd, size: Size) -> Result<Shown> {
+    fn new(master: OwnedFd, size: Size, blank: bool) -> Result<Shown> {
         fcntl(&master, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).context("set up", "a terminal")?;
         Ok(Shown {
             master,
-            screen: Screen::new(size),
+            screen: Screen::new(size, blank),
             size,
             keys: VecDeque::new(),
             dormant: false,
@@ -215,7 +215,7 @@ impl Holder {
         let session = pidfd::open(arrived.session).context("open", "the session")?;
         let take = |(fd, size)| {
             let master = pidfd::get(session.as_fd(), fd).context("take over", "a terminal")?;
-            Shown::new(master, size)
+            Shown::new(master, size, false)
         };
         self.terminals = arrived
             .terminals

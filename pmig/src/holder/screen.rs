@@ -22,7 +22,8 @@ const MOST_COLS: u16 = 1000;
 /// What a program has written to its terminal, as far as it can be seen.
 pub struct Screen {
     parser: Parser,
-    /// Something was written since it is held here, or it came with a picture.
+    /// All that was written is in it, or it came with a picture, or something was
+    /// written since.
     known: bool,
 }
 
@@ -36,11 +37,13 @@ fn extent(size: Size) -> (NonZeroU16, NonZeroU16) {
 }
 
 impl Screen {
-    pub fn new(size: Size) -> Screen {
+    /// Of a terminal whose program may have written to another before; `blank`:
+    /// it has written nothing yet.
+    pub fn new(size: Size, blank: bool) -> Screen {
         let (rows, cols) = extent(size);
         Screen {
             parser: Parser::new(rows, cols, SCROLLBACK),
-            known: false,
+            known: blank,
         }
     }
 
@@ -128,7 +131,7 @@ mod tests {
 
     /// A screen made from another's picture.
     fn again(screen: &Screen) -> Screen {
-        let mut copy = Screen::new(SIZE);
+        let mut copy = Screen::new(SIZE, false);
         copy.write(&screen.picture());
         copy
     }
@@ -147,7 +150,7 @@ mod tests {
 
     #[test]
     fn a_picture_shows_the_same_lines_colours_and_cursor() {
-        let mut screen = Screen::new(SIZE);
+        let mut screen = Screen::new(SIZE, false);
         assert!(screen.picture().is_empty());
         for n in 0..40 {
             screen.write(format!("line {n} \x1b[3{}mcolour\x1b[m\r\n", n % 8).as_bytes());
@@ -160,7 +163,7 @@ mod tests {
 
     #[test]
     fn what_is_behind_a_full_screen_program_comes_too() {
-        let mut screen = Screen::new(SIZE);
+        let mut screen = Screen::new(SIZE, false);
         screen.write(b"before\r\n$ vim\r\n\x1b[?1049h\x1b[2J\x1b[3;3Htext\x1b[?25l");
         let mut copy = again(&screen);
         assert_eq!(all(&copy), all(&screen));
@@ -173,7 +176,7 @@ mod tests {
 
     #[test]
     fn long_lines_stay_whole_and_pictures_short() {
-        let mut screen = Screen::new(SIZE);
+        let mut screen = Screen::new(SIZE, false);
         screen.write(b"0123456789012345678901234567890123456789\r\n\r\n\r\n\r\n\r\n\r\n\r\n");
         assert_eq!(all(&again(&screen)), all(&screen));
         let wide = Size {
@@ -181,7 +184,7 @@ mod tests {
             cols: 1000,
             ..SIZE
         };
-        let mut screen = Screen::new(wide);
+        let mut screen = Screen::new(wide, false);
         for n in 0..2_000_000 {
             screen.write(format!("\x1b[3{}mx", n % 8).as_bytes());
         }
