@@ -54,6 +54,13 @@ const LOG: &str = "/tmp/peer.log";
 /// How long one move may take.
 const LIMIT: Duration = Duration::from_secs(120);
 
+/// What it says of machines that lack what it needs: soft-dirty tracking, and
+/// rights that are kept from a container's root.
+const LIMITS: [&str; 2] = [
+    "Tracking memory is not available",
+    "Operation not permitted",
+];
+
 /// Receives images, and unpacks them.
 const TAKE: &str = "\
 import socket, subprocess, sys
@@ -137,7 +144,15 @@ impl Criu {
             let logs =
                 format!("tail -n 5 {DIRECTORY}/*.log 2>/dev/null; pkill criu; rm -rf {DIRECTORY}");
             let logs = [from, to].map(|host| host.sh(&logs).unwrap_or_default());
-            bail!("{}: {}{log}{}", means.name(), sent.err(), logs.concat());
+            let words = format!("{}{log}{}", sent.err(), logs.concat());
+            let limit = LIMITS.iter().find_map(|limit| {
+                let mut lines = words.lines();
+                lines.find(|line| line.contains(limit))
+            });
+            if let Some(line) = limit {
+                return Err(CannotHere(format!("criu says: {line}")).into());
+            }
+            bail!("{}: {words}", means.name());
         }
         let stamp = |text: &str, word: &str| -> Result<i128> {
             let line = text.lines().find_map(|line| line.strip_prefix(word));
