@@ -17,6 +17,7 @@ pub mod inside;
 pub mod netns;
 pub mod owner;
 pub mod pair;
+pub mod recording;
 pub mod samples;
 pub mod scenario;
 pub mod session;

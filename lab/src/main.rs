@@ -34,6 +34,9 @@ enum Words {
         /// Namespaces on this machine instead of virtual machines
         #[arg(long)]
         netns: bool,
+        /// Write what is seen to a picture that moves
+        #[arg(long, value_name = "FILE.svg")]
+        record: Option<PathBuf>,
     },
     /// Use a machine's serial console
     Console { host: String },
@@ -104,8 +107,12 @@ fn run(words: Words) -> Result<ExitCode> {
             println!("To move a program:");
             println!("  cargo lab spawn a -- recursive  starts it and prints its PID");
             println!("  cargo lab exec a -- pmig migrate PID tcp://b --insecure --files ship");
+            println!("To move an editor:");
+            println!("  cargo lab exec a -- pmig run vi letter");
+            println!("  cargo lab exec a -- pmig migrate PID tcp://b --insecure --files ship");
+            println!("  cargo lab exec b -- pmig attach PID");
         }
-        Words::Demo { netns } => lab::demo::run(make(netns))?,
+        Words::Demo { netns, record } => lab::demo::run(make(netns), record.as_deref())?,
         Words::Console { host } => {
             lab::console::interactive(&state::current()?.machine(&host)?)?;
         }

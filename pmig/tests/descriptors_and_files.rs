@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use nix::mount::{mount, MsFlags};
 use nix::sched::{unshare, CloneFlags};
 use pmig::id::Id;
-use pmig::state::fd::{Beat, FdTable, Opened, Shape, Watch};
+use pmig::state::fd::{Beat, FdTable, Opened, Shape, Watch, Whose};
 use pmig::state::files::{compare, FileSet, Ledger, Leftover, Plan, Receiver, Sources};
 use pmig::state::objects::Opener;
 use pmig::state::paths::FilePath;
@@ -91,7 +91,7 @@ fn husk() -> Program {
 fn install(opened: &Opened, husk: &Program) {
     let mut stopped = Stopped::seize(husk.pid()).unwrap();
     let mut batch = Batch::new();
-    let plan = opened.install(std::process::id() as i32, &mut batch);
+    let plan = opened.install(std::process::id() as i32, &mut batch, Whose::Program);
     let done = stopped.run(batch).unwrap();
     plan.check(&done).unwrap();
     stopped.detach().unwrap();

@@ -46,8 +46,13 @@ const MAP: &[(&str, &[&str])] = &[
         ],
     ),
     (
+        "holder",
+        &["id", "image", "journal", "proc", "protocol", "sys"],
+    ),
+    (
         "resolve",
         &[
+            "state",
             "checkpoint",
             "hold",
             "id",
@@ -59,7 +64,7 @@ const MAP: &[(&str, &[&str])] = &[
     (
         "keeper",
         &[
-            "sys", "fault", "id", "patience", "phase", "journal", "resolve",
+            "sys", "state", "fault", "id", "patience", "phase", "journal", "resolve",
         ],
     ),
     (
@@ -69,6 +74,7 @@ const MAP: &[(&str, &[&str])] = &[
             "claim",
             "fault",
             "hold",
+            "holder",
             "husk",
             "id",
             "image",
@@ -94,6 +100,7 @@ const MAP: &[(&str, &[&str])] = &[
         &[
             "fault",
             "hold",
+            "holder",
             "husk",
             "id",
             "image",

@@ -3,7 +3,7 @@
 
 use anyhow::{ensure, Result};
 use lab::harness::Trial;
-use lab::scenario::{gone, migrate, same, unmoved, wait, Program, LIMIT};
+use lab::scenario::{dump, gone, migrate, same, unmoved, wait, Program, LIMIT};
 use lab::{serve, Cmd, Lab, Make};
 use std::time::Duration;
 
@@ -24,10 +24,73 @@ pub fn trials() -> Vec<Trial> {
     };
     let mut trials: Vec<Trial> = names.map(trial).into();
     for make in [Make::Netns, Make::Vm] {
+        let name = "surviving::records_without_room_let_it_run_on";
+        trials.push(Trial::new(make, name, no_room));
+        let name = "surviving::a_restore_killed_with_its_session_leaves_nothing_but_the_file";
+        trials.push(Trial::new(make, name, restore_killed).bare());
         let name = "surviving::what_a_killed_target_left_of_a_replaced_file_is_cleared_away";
         trials.push(Trial::new(make, name, replaced).bare());
     }
     trials
+}
+
+/// Somebody fills the disk of the records while the program stands still, and
+/// then pmig falls silent.
+fn no_room(lab: &Lab) -> Result<()> {
+    let (a, b) = (lab.a(), lab.b());
+    let expected = unmoved(a, "iterative lines=150", &["pace_us=0"])?;
+    let program = Program::start(a, "iterative lines=150")?;
+    program.wait_lines(a, 5)?;
+    a.sh("mkdir -p /var/lib/pmig; mount -t tmpfs -o size=256k tmpfs /var/lib/pmig")?;
+    let env = [
+        ("PMIG_FAULT", "freeze:stall:source"),
+        ("PMIG_PATIENCE_MS", "5000"),
+    ];
+    std::thread::scope(|scope| -> Result<()> {
+        let moving = scope.spawn(|| migrate(a, b, &program, "--files ship", &env));
+        wait("the migration to be armed", LIMIT, || {
+            Ok(a.sh("ls /var/lib/pmig/source/*/record").is_ok())
+        })?;
+        // It ends when there is no room.
+        a.sh("cat /dev/zero > /var/lib/pmig/fill 2>/dev/null; true")?;
+        moving.join().expect("no panic")?;
+        Ok(())
+    })?;
+    program.wait_lines(a, 3)?;
+    a.sh("umount /var/lib/pmig")?;
+    same(&program.finish(a)?, &expected)
+}
+
+fn restore_killed(lab: &Lab) -> Result<()> {
+    let a = lab.a();
+    let expected = unmoved(a, "iterative lines=150", &["pace_us=0"])?;
+    let program = Program::start(a, "iterative lines=150")?;
+    program.wait_lines(a, 5)?;
+    dump(a, &program, "/srv/work/x", "", &[])?.ok()?;
+    let cmd = Cmd::new(["pmig", "restore", "/srv/work/x"]).env("PMIG_FAULT", "ready:stall:target");
+    let restore = a.spawn(&cmd, "/tmp/restore")?;
+    wait("a husk that is ready", LIMIT, || {
+        Ok(
+            a.sh("grep -l 1 $(find /sys/fs/cgroup -name cgroup.freeze -path '*-target*')")
+                .is_ok(),
+        )
+    })?;
+    a.signal(restore, 9)?;
+    for process in a.ps()? {
+        if process.cmdline.iter().any(|word| word == "session") {
+            a.signal(process.pid, 9)?;
+        }
+    }
+    wait("the husk to be cleared away", LIMIT, || {
+        a.sh("pmig ps")?;
+        Ok(a.process(program.pid)?.is_none())
+    })?;
+    ensure!(
+        a.sh("pmig resolve")?.contains("nothing"),
+        "something is left"
+    );
+    a.sh("pmig restore /srv/work/x")?;
+    same(&program.finish(a)?, &expected)
 }
 
 /// On its way back a program's file replaces what it left behind; the target is

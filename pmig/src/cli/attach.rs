@@ -169,7 +169,7 @@ fn show(found: Holder, only_watch: bool, key: u8) -> Result<Over> {
     let (mut input, mut output) = (io::stdin(), io::stdout());
     let mut typing = true;
     loop {
-        while let Some(said) = line.next()? {
+        while let Some(said) = line.heard()? {
             match said {
                 Said::Shown(bytes) => output
                     .write_all(&bytes)

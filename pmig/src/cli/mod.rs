@@ -354,6 +354,9 @@ pub struct Session {
     /// What the other side is called in messages.
     #[arg(long)]
     peer: String,
+    /// The file that stands for it, if one does.
+    #[arg(long)]
+    file: Option<PathBuf>,
 }
 
 /// Does what the command line says.

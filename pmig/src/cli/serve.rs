@@ -114,7 +114,7 @@ fn greet(
 /// and waits for its end.
 fn receive(link: Box<dyn Link>, verbose: Verbose) -> Result<()> {
     let peer = link.peer();
-    let mut child = session::start(link, verbose, Stdio::inherit())?;
+    let mut child = session::start(link, None, verbose, Stdio::inherit())?;
     let status = child.wait().context("wait for", "a session")?;
     if !status.success() {
         tracing::info!("the session with {} ended with {status}", printable(&peer));

@@ -1,6 +1,7 @@
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
 use nix::unistd::{dup2_stdin, setsid};
@@ -25,7 +26,13 @@ pub fn run(args: &Session) -> Exit {
 
 /// Hands a connection to a process of its own, which lives on if this one dies.
 /// Its warnings go to `log`.
-pub fn start(link: Box<dyn Link>, verbose: Verbose, log: Stdio) -> Result<Child> {
+/// `file`: what stands for the other side, if it is one.
+pub fn start(
+    link: Box<dyn Link>,
+    file: Option<&Path>,
+    verbose: Verbose,
+    log: Stdio,
+) -> Result<Child> {
     link.set_deadline(None)
         .context("set up", "the connection")?;
     let fd: OwnedFd = link
@@ -39,6 +46,9 @@ pub fn start(link: Box<dyn Link>, verbose: Verbose, log: Stdio) -> Result<Child>
         .stdin(fd)
         .stdout(Stdio::null())
         .stderr(log);
+    if let Some(file) = file {
+        command.arg("--file").arg(file);
+    }
     if verbose.level > 0 {
         command.arg(format!("-{}", "v".repeat(verbose.level.into())));
     }
@@ -58,5 +68,9 @@ fn session(args: &Session) -> Result<()> {
     let null = File::open("/dev/null").context("open", "/dev/null")?;
     dup2_stdin(&null).context("close", "standard input")?;
     let link = transport::adopt(fd, args.peer.clone()).context("take over", "the connection")?;
-    target::session(Wire::new(link), &target::Options::open()?)
+    let options = target::Options {
+        file: args.file.clone(),
+        ..target::Options::open()?
+    };
+    target::session(Wire::new(link), &options)
 }

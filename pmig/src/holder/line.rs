@@ -68,7 +68,7 @@ impl Line {
     /// Waits for a message.
     pub fn hear<T: DeserializeOwned>(&mut self) -> Result<T> {
         loop {
-            if let Some(message) = self.next()? {
+            if let Some(message) = self.heard()? {
                 return Ok(message);
             }
             if self.read().context("hear", "the program's holder")? == 0 {
@@ -78,7 +78,7 @@ impl Line {
     }
 
     /// The next message that is here already.
-    pub fn next<T: DeserializeOwned>(&mut self) -> Result<Option<T>> {
+    pub fn heard<T: DeserializeOwned>(&mut self) -> Result<Option<T>> {
         let Some(head) = self.came.first_chunk::<4>() else {
             return Ok(None);
         };

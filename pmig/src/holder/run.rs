@@ -322,7 +322,7 @@ impl Holder {
             Ok(n) => n == 0,
             Err(e) => e.kind() != io::ErrorKind::WouldBlock,
         };
-        match setup.next() {
+        match setup.heard() {
             Ok(None) if !over => self.setup = Some(setup),
             Ok(Some(Setup::Adopt(arrived))) => {
                 let answer = match self.adopt(arrived) {
@@ -378,7 +378,7 @@ impl Holder {
                 _ => {}
             }
             while self.may_speak(&self.clients[n]) {
-                match self.clients[n].line.next() {
+                match self.clients[n].line.heard() {
                     Ok(None) => break,
                     Ok(Some(ask)) => self.answer(n, ask),
                     Err(_) => {

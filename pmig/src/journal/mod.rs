@@ -10,6 +10,7 @@
 //! | `record` | ARMED: who, where, when, on which boot | synced, before the freeze |
 //! | `fate` | source: COMMITTING or ABORTED; target: COMMITTED or ABORTED | exclusively: the first wins |
 //! | `verdict` | source, after COMMITTING: MOVED or RUNS_HERE | exclusively |
+//! | `aborted` | what ABORTED says where there is no room to write why | with `record` |
 //! | `settled` | all was done that follows; nothing is held any more | last |
 //! | `ended` | target: how the program ended | by its holder |
 //! | `files` | target: what is to be renamed at the commit | before Ready |
@@ -84,7 +85,8 @@ pub struct Record {
     pub comm: String,
     /// The other machine, as a person would name it.
     pub peer: String,
-    /// Where to ask the target; none in the target's own record.
+    /// Where to ask the target; in the target's own record the file that it comes
+    /// from, if it does.
     pub addr: Option<Addr>,
     pub place: Place,
     /// Seconds since 1970.
@@ -104,6 +106,9 @@ impl Record {
 }
 
 const VERSION: u32 = 1;
+
+/// Why something was aborted where there was no room to write why.
+const UNSAID: &str = "why could not be written down";
 
 /// What the caller of `arm` knows.
 #[derive(Debug, Clone)]
@@ -209,9 +214,20 @@ impl Entry {
     }
 
     /// Creates a record with what [`Entry::decide_as_prepared`] decides made ready.
-    fn create_prepared(role: Role, new: New, wish: &impl Serialize) -> Result<Entry> {
+    /// `otherwise` is decided if the other way is taken and there is no room left to
+    /// say why.
+    fn create_prepared<T: Serialize>(
+        role: Role,
+        new: New,
+        wish: &T,
+        otherwise: &T,
+    ) -> Result<Entry> {
         let mut entry = Entry::create(role, new)?;
-        match json(wish).and_then(|bytes| entry.folder.prepare(&bytes)) {
+        let ahead = || {
+            entry.folder.replace("aborted", &json(otherwise)?, false)?;
+            entry.folder.prepare(&json(wish)?)
+        };
+        match ahead() {
             Ok(prepared) => entry.prepared = Some(prepared),
             Err(e) => {
                 // Nothing has begun that anybody would have to finish.
@@ -225,6 +241,14 @@ impl Entry {
     /// Decides the fate, unless it is decided; whether it won.
     fn decide(&self, wish: &impl Serialize) -> Result<bool> {
         self.folder.decide("fate", &json(wish)?)
+    }
+
+    /// Decides against the move: that must be possible on a full disk too.
+    fn decide_against(&self, wish: &impl Serialize) -> Result<bool> {
+        self.decide(wish).or_else(|e| {
+            let written = self.folder.put_as("aborted", "fate");
+            written.map_err(|_| e)
+        })
     }
 
     /// The same, by what was written ahead of time if there is such.
@@ -267,6 +291,7 @@ impl Entry {
         if let Some(prepared) = &self.prepared {
             self.folder.discard(prepared)?;
         }
+        self.folder.forget("aborted")?;
         self.folder.decide("settled", b"{}\n").map(drop)
     }
 

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use nix::fcntl::FlockArg;
 use serde::{Deserialize, Serialize};
 
-use super::{claim, folder, json, read, Entry, Found, NeverRan, New, Record, Role};
+use super::{claim, folder, json, read, Entry, Found, NeverRan, New, Record, Role, UNSAID};
 use crate::error::{Error, Result};
 use crate::hold::Frozen;
 use crate::id::{Id, Secret};
@@ -91,7 +91,9 @@ impl Armed {
     /// # Errors
     /// Fails where the id was used before.
     pub fn arm(new: New) -> Result<Armed> {
-        Entry::create_prepared(Role::Source, new, &State::Committing).map(|e| Armed(Arc::new(e)))
+        let aborted = State::Aborted { why: UNSAID.into() };
+        Entry::create_prepared(Role::Source, new, &State::Committing, &aborted)
+            .map(|e| Armed(Arc::new(e)))
     }
 
     /// Opens the record of a living migration beside its owner (for its
@@ -143,7 +145,7 @@ impl Armed {
     /// Records ABORTED, unless COMMITTING was recorded before; then that stands.
     /// Only after this may the program be let go on.
     pub fn abort(&self, why: &str) -> Result<Stage> {
-        let won = self.0.decide(&State::Aborted { why: why.into() });
+        let won = self.0.decide_against(&State::Aborted { why: why.into() });
         match self.stage()? {
             Stage::Armed(_) => Err(won.err().unwrap_or_else(|| {
                 Error::bad(self.0.folder.path().display(), "the record vanished")
@@ -156,6 +158,11 @@ impl Armed {
     /// if it goes on here. Replaces what was noted before. Not synced.
     pub fn note_input(&self, taken: &serde_json::Value) -> Result<()> {
         self.0.folder.replace("input", &json(taken)?, false)
+    }
+
+    /// It was given back.
+    pub fn forget_input(&self) -> Result<()> {
+        self.0.folder.forget("input")
     }
 
     /// What [`Armed::note_input`] noted.

@@ -213,6 +213,16 @@ impl Folder {
         }
     }
 
+    /// The same, of a file with a name of its own.
+    pub fn put_as(&self, from: &str, name: &str) -> Result<bool> {
+        self.put(&Prepared(from.into()), name)
+    }
+
+    /// Deletes a file, if it is there.
+    pub fn forget(&self, name: &str) -> Result<()> {
+        self.delete(name)
+    }
+
     /// Deletes what was written ahead of time, put or not.
     pub fn discard(&self, prepared: &Prepared) -> Result<()> {
         self.delete(&prepared.0)

@@ -5,10 +5,11 @@ use std::sync::Arc;
 use nix::fcntl::FlockArg;
 use serde::{Deserialize, Serialize};
 
-use super::{claim, folder, json, read, Entry, Found, New, Order, Record, Role};
+use super::{claim, folder, json, read, Entry, Found, New, Order, Record, Role, UNSAID};
 use crate::error::{Error, Result};
 use crate::hold::{Frozen, Hold};
 use crate::id::{Id, Secret};
+use crate::transport::Addr;
 
 /// ARMED: a husk that may yet become the program.
 #[derive(Debug, Clone)]
@@ -71,7 +72,9 @@ impl Husk {
     /// # Errors
     /// Fails where the id was used before.
     pub fn arm(new: New) -> Result<Husk> {
-        Entry::create_prepared(Role::Target, new, &State::ordered()).map(|e| Husk(Arc::new(e)))
+        let aborted = State::Aborted { why: UNSAID.into() };
+        Entry::create_prepared(Role::Target, new, &State::ordered(), &aborted)
+            .map(|e| Husk(Arc::new(e)))
     }
 
     pub fn record(&self) -> &Record {
@@ -112,9 +115,14 @@ impl Husk {
         })
     }
 
+    /// Whether a file was to become it: then nobody else decides.
+    pub fn is_from_file(&self) -> bool {
+        matches!(self.record().addr, Some(Addr::File(_)))
+    }
+
     /// Records ABORTED, unless COMMITTED won before; says which stands.
     pub fn abort(&self, why: &str) -> Result<Fate> {
-        self.decide(&State::Aborted { why: why.into() })
+        self.stands(self.0.decide_against(&State::Aborted { why: why.into() }))
     }
 
     /// Whether it became ready, and is held. Before that it dies with its

@@ -10,8 +10,7 @@ fn noted(armed: &Armed) -> Result<Option<Taken>> {
     let parse = |value: Value| {
         serde_json::from_value(value).map_err(|e| Error::bad("record of typed input", e))
     };
-    let noted: Option<Option<Taken>> = armed.input()?.map(parse).transpose()?;
-    Ok(noted.flatten())
+    armed.input()?.map(parse).transpose()
 }
 
 /// Notes what is taken, and how it is given back.
@@ -46,5 +45,5 @@ pub fn give_input_back(armed: &Armed) -> Result<()> {
         return Ok(());
     };
     fd::give_back(armed.record().pid, &taken)?;
-    armed.note_input(&Value::Null)
+    armed.forget_input()
 }

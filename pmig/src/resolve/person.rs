@@ -6,6 +6,7 @@ use super::{source, target, Files, Now};
 use crate::error::{printable, Error, Result};
 use crate::id::Id;
 use crate::journal::{self, Armed, Fate, Found, Husk, Record, Role, Stage};
+use crate::transport::Addr;
 
 /// A migration that waits for something.
 #[derive(Debug, Clone, Serialize)]
@@ -73,6 +74,9 @@ fn of_source(id: Id) -> Result<Option<Unresolved>> {
         Found::Mine(armed) => {
             let peer = printable(&armed.record().peer);
             let what = match armed.stage()? {
+                Stage::Committing(_) if matches!(armed.record().addr, Some(Addr::File(_))) => {
+                    format!("held here, frozen: whether it is in {peer} is not known")
+                }
                 Stage::Committing(_) => format!(
                     "held here, frozen: {peer} was told to let it run, and has not said whether it does"
                 ),
@@ -99,6 +103,7 @@ fn of_target(id: Id) -> Result<Option<Unresolved>> {
         Found::Mine(husk) => {
             let peer = printable(&husk.record().peer);
             let what = match husk.fate()? {
+                None if husk.is_from_file() => "what was to bring it back from a file died".into(),
                 None if husk.held()? => {
                     format!("a copy is held here, frozen: {peer} has not said whether it may run")
                 }

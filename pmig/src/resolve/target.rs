@@ -70,6 +70,13 @@ pub(super) fn sweep_one(id: Id, files: &dyn Files) -> Result<()> {
     match husk.fate()? {
         Some(Fate::Committed(committed)) => finish(&committed, files),
         Some(Fate::Aborted(aborted)) => undo(&aborted, files).map(drop),
+        None if husk.held()? && husk.is_from_file() => {
+            // The file is as it was, and can be restored again.
+            match husk.abort("what was to bring it back died")? {
+                Fate::Aborted(aborted) => undo(&aborted, files).map(drop),
+                Fate::Committed(committed) => finish(&committed, files),
+            }
+        }
         None if husk.held()? => {
             let record = husk.record();
             tracing::info!(

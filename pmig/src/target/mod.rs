@@ -11,6 +11,7 @@ mod rehearse;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use crate::error::{Context, Error, Obstacle, Result};
@@ -36,6 +37,7 @@ use crate::sys::memory::keep_in;
 use crate::sys::pidfd;
 use crate::sys::spawn::Parent;
 use crate::tracee::Batch;
+use crate::transport::Addr;
 use files::TargetFiles;
 
 /// How long the source may take for its next word while its program runs.
@@ -54,6 +56,8 @@ const DRAIN: Duration = Duration::from_secs(2);
 pub struct Options {
     pub pcb: PcbChoice,
     pub policy: Policy,
+    /// The file that stands for the source, if one does.
+    pub file: Option<PathBuf>,
 }
 
 impl Options {
@@ -62,6 +66,7 @@ impl Options {
         Ok(Options {
             pcb: PcbChoice::Auto,
             policy: Policy::open()?,
+            file: None,
         })
     }
 }
@@ -104,7 +109,8 @@ fn receive(wire: &mut Wire, options: &Options) -> Result<()> {
         return Ok(());
     }
     await_build(wire)?;
-    let mut b = Building::build(&hello, files)?;
+    let from = options.file.clone().map(Addr::File);
+    let mut b = Building::build(&hello, files, from)?;
     fault::point(Phase::Build, Role::Target, || wire.link().cut());
     let r = b
         .copy(&backend, wire)
@@ -236,7 +242,7 @@ struct Building {
 }
 
 impl Building {
-    fn build(hello: &Hello, mut files: TargetFiles) -> Result<Building> {
+    fn build(hello: &Hello, mut files: TargetFiles, from: Option<Addr>) -> Result<Building> {
         let preview = &hello.preview;
         raise_descriptor_limit();
         let hold = Hold::husk(hello.id)?;
@@ -274,7 +280,7 @@ impl Building {
                     pid,
                     comm: preview.comm.clone(),
                     peer: preview.machine.host.clone(),
-                    addr: None,
+                    addr: from,
                     place: hold.place().clone(),
                 })?;
                 let stand_in = Building::stand_in(&preview.layout);
