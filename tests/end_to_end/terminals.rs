@@ -35,6 +35,10 @@ const PLAIN: &[PlainClaim] = &[
         "a_program_without_terminal_outlives_its_holder",
         holder_killed,
     ),
+    (
+        "a_restored_program_is_shown_where_there_is_a_terminal",
+        restored,
+    ),
     ("what_cannot_be_attached_is_said", refused),
 ];
 
@@ -559,6 +563,30 @@ fn holder_killed(lab: &Lab) -> Result<()> {
         gone_soon(a, pid)?;
     }
     Ok(())
+}
+
+fn restored(lab: &Lab) -> Result<()> {
+    let a = lab.a();
+    let program = run(a, &["bash", "--norc"])?;
+    let mut here = Terminal::attach(a, program.pid)?;
+    here.types("n=6; echo before\n")?;
+    here.sees("before\n")?;
+    here.detach()?;
+    a.sh(&format!("pmig dump {} -o /srv/work/x", program.pid))?;
+    let mut here = Terminal::open(a, &["pmig", "restore", "/srv/work/x"])?;
+    here.sees("runs, ")?;
+    here.sees("before")?;
+    here.types("echo $((n*7))\n")?;
+    here.sees("42")?;
+    here.types("exit 5\n")?;
+    here.sees("ended with exit code 5]")?;
+    ensure!(here.ends()? == Status::Code(5));
+    let mut here = Terminal::open(a, &["pmig", "restore", "--detach", "/srv/work/x"])?;
+    here.sees("runs, ")?;
+    ensure!(here.ends()? == Status::Code(0));
+    let mut here = Terminal::attach(a, program.pid)?;
+    here.types("exit\n")?;
+    here.ends().map(drop)
 }
 
 fn refused(lab: &Lab) -> Result<()> {

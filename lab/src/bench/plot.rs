@@ -60,6 +60,11 @@ fn title(make: Make, mode: &str) -> String {
     format!("a {mode} program between {hosts}")
 }
 
+/// The power of ten next to a value.
+fn decade(value: f64, next: fn(f64) -> f64) -> f64 {
+    10f64.powf(next(value.log10()))
+}
+
 type Drawn<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
 fn curves(
@@ -92,7 +97,7 @@ fn curves(
             .y_label_area_size(64)
             .build_cartesian_2d(
                 (small * 0.8..large * 1.25).log_scale(),
-                (low * 0.6..high * 1.8).log_scale(),
+                (decade(low, f64::floor)..decade(high, f64::ceil)).log_scale(),
             )?;
         chart
             .configure_mesh()

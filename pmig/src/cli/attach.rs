@@ -14,6 +14,9 @@ use pmig::sys::tty::{self, Size};
 use super::output::{error_line, line};
 use super::{say, Attach, Exit, Run};
 
+/// Control and `]`.
+const DETACH: u8 = 0x1d;
+
 /// What puts a terminal emulator back to what a shell expects of it: main
 /// screen, visible cursor, no colours, plain keys, no mouse, no pasting marks.
 const PLAIN: &str =
@@ -76,8 +79,20 @@ pub fn run(args: &Run) -> u8 {
     }
 }
 
+/// Shows a program that was just brought back, if it has a terminal and so has
+/// this process.
+pub fn shown(pid: i32) -> Option<u8> {
+    if !io::stdin().is_terminal() {
+        return None;
+    }
+    match holder::find_soon(pid) {
+        Ok(Some(found)) if found.terminals > 0 => Some(look(pid, found, false, DETACH)),
+        _ => None,
+    }
+}
+
 fn find(pid: i32) -> std::result::Result<Holder, Exit> {
-    match holder::find(pid) {
+    match holder::find_soon(pid) {
         Ok(Some(found)) => Ok(found),
         Ok(None) if !std::path::Path::new(&format!("/proc/{pid}")).exists() => {
             say(&Error::Gone(pid));

@@ -198,6 +198,9 @@ impl Dump {
 pub struct Restore {
     /// What pmig dump made; it stays as it is.
     file: PathBuf,
+    /// Do not show its terminal, if it has one.
+    #[arg(short, long)]
+    detach: bool,
     /// Print one JSON object.
     #[arg(long)]
     json: bool,
@@ -367,7 +370,7 @@ pub fn run() -> ExitCode {
         Command::Serve(args) => serve::run(&args, cli.verbose),
         Command::Migrate(args) => migrate::run(&args),
         Command::Dump(args) => migrate::dump(&args),
-        Command::Restore(args) => restore::run(&args, cli.verbose),
+        Command::Restore(args) => return restore::run(&args, cli.verbose).into(),
         Command::Inspect(args) => inspect::run(&args),
         Command::Check(args) => check::run(&args),
         Command::Run(args) => return attach::run(&args).into(),

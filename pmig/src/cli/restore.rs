@@ -12,7 +12,7 @@ use serde::Serialize;
 
 use super::output::{error_line, json, line};
 use super::show::time;
-use super::{files, lines, say, session, Exit, Restore, Verbose};
+use super::{attach, files, lines, say, session, Exit, Restore, Verbose};
 
 /// How long a session may take for what is to be done when the program runs.
 const TIDYING: Duration = Duration::from_secs(20);
@@ -25,10 +25,24 @@ struct Restored {
     notes: Vec<String>,
 }
 
-pub fn run(args: &Restore, verbose: Verbose) -> Exit {
+pub fn run(args: &Restore, verbose: Verbose) -> u8 {
+    let (exit, pid) = run_and_say(args, verbose);
+    match pid
+        .filter(|_| !args.detach && !args.json)
+        .and_then(attach::shown)
+    {
+        Some(code) => code,
+        None => exit as u8,
+    }
+}
+
+/// Brings it back; its PID, if it runs.
+fn run_and_say(args: &Restore, verbose: Verbose) -> (Exit, Option<i32>) {
     resolve::sweep(&files::Shipped);
     let begun = Instant::now();
-    match restore(args, verbose) {
+    let restored = restore(args, verbose);
+    let pid = restored.as_ref().ok().map(|played| played.pid);
+    let exit = match restored {
         Ok(played) if args.json => {
             json(&Restored {
                 pid: played.pid,
@@ -74,7 +88,8 @@ pub fn run(args: &Restore, verbose: Verbose) -> Exit {
             error_line("nothing was restored, and the file is as it was");
             Exit::Other
         }
-    }
+    };
+    (exit, pid)
 }
 
 /// Why a program was not seen to run.

@@ -48,7 +48,7 @@ fn wait(pid: i32) -> Result<End> {
     // The one that is meant is the one that runs, if one does.
     let meant = came.filter(|record| start.is_none_or(|s| s == record.start));
     if let (Some(process), Some(start)) = (&process, start) {
-        if let Some(found) = holder::find(pid)? {
+        if let Some(found) = holder::find_soon(pid)? {
             let mut line = found.line;
             line.set_patience(None)?;
             line.say(&Ask::Wait)?;

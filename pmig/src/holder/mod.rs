@@ -19,7 +19,7 @@ use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
@@ -37,6 +37,9 @@ pub const MAX_KEYS: usize = 4096;
 
 /// How long a holder may take to answer.
 const PATIENCE: Duration = Duration::from_secs(5);
+
+/// How long a holder may take to let people in when its program runs.
+const SOON: Duration = Duration::from_secs(1);
 
 /// What a holder is asked.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -176,6 +179,23 @@ pub fn find(pid: i32) -> Result<Option<Holder>> {
         }
     }
     Ok(None)
+}
+
+/// The same, of a program that may have come just now, whose holder is about to
+/// let people in.
+///
+/// # Errors
+/// As [`find`].
+pub fn find_soon(pid: i32) -> Result<Option<Holder>> {
+    let begun = Instant::now();
+    loop {
+        let found = find(pid)?;
+        let there = journal::start_of(pid).is_ok();
+        if found.is_some() || !there || begun.elapsed() > SOON {
+            return Ok(found);
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
 }
 
 impl Holder {
