@@ -237,7 +237,8 @@ impl Cgroup {
     fn create(place: Place) -> Result<Cgroup> {
         for _ in 0..10 {
             match fs::create_dir(&place.cgroup) {
-                Err(e) if e.kind() != io::ErrorKind::AlreadyExists => {
+                // What is there may be a program that came here before.
+                Err(e) if e.kind() != io::ErrorKind::AlreadyExists || place.home.is_none() => {
                     return Err(e).context("create cgroup", place.cgroup.display());
                 }
                 _ => {}

@@ -120,6 +120,7 @@ fn play(player: Player, wire: &mut Wire) -> Result<Played> {
     wire.send(&ToTarget::Build)?;
     expect_built(wire)?;
     let mut ready = false;
+    let mut awaits_input = false;
     while let Some(message) = file.next(&mut raw)? {
         if ready {
             return Err(bad(path, "goes on after its end"));
@@ -151,14 +152,20 @@ fn play(player: Player, wire: &mut Wire) -> Result<Played> {
             }
             ToTarget::Final(mut last) => {
                 go_on(&mut last.clock);
+                awaits_input = last.descriptors.awaits_input();
                 wire.send(&ToTarget::Final(last))?;
             }
             ToTarget::Complete(shipped) => {
                 wire.send(&ToTarget::Complete(files.in_order(path, &shipped)?))?;
-                match answer(wire)? {
-                    ToSource::Ready(_) => ready = true,
-                    other => return Err(unexpected(&other)),
+                if !awaits_input {
+                    expect_ready(wire)?;
+                    ready = true;
                 }
+            }
+            ToTarget::Typed(input) if awaits_input => {
+                wire.send(&ToTarget::Typed(input))?;
+                expect_ready(wire)?;
+                ready = true;
             }
             ToTarget::Layout(_)
             | ToTarget::Pages(_)
@@ -248,6 +255,13 @@ impl Numbers {
 fn expect_built(wire: &mut Wire) -> Result<()> {
     match answer(wire)? {
         ToSource::Built => Ok(()),
+        other => Err(unexpected(&other)),
+    }
+}
+
+fn expect_ready(wire: &mut Wire) -> Result<()> {
+    match answer(wire)? {
+        ToSource::Ready(_) => Ok(()),
         other => Err(unexpected(&other)),
     }
 }

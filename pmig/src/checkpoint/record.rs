@@ -61,6 +61,7 @@ fn hear(path: &Path, wire: &mut Wire) -> Result<()> {
     let mut writer = None;
     wire.send(&ToSource::Accepted(accepted))?;
     let mut raw = vec![0; MAX_RAW];
+    let mut awaits_input = false;
     loop {
         let message: ToTarget = wire.recv()?;
         let content = message.content();
@@ -106,6 +107,13 @@ fn hear(path: &Path, wire: &mut Wire) -> Result<()> {
             }
             ToTarget::Complete(_) => {
                 writer.put(&message, &[])?;
+                if !awaits_input {
+                    writer.finish()?;
+                    wire.send(&ToSource::Ready(Ready::default()))?;
+                }
+            }
+            ToTarget::Typed(_) => {
+                writer.put(&message, &[])?;
                 writer.finish()?;
                 wire.send(&ToSource::Ready(Ready::default()))?;
             }
@@ -127,8 +135,11 @@ fn hear(path: &Path, wire: &mut Wire) -> Result<()> {
             | ToTarget::Drops(_)
             | ToTarget::Block { .. }
             | ToTarget::PassEnd { .. }
-            | ToTarget::Pictures(_)
-            | ToTarget::Final(_) => writer.put(&message, raw)?,
+            | ToTarget::Pictures(_) => writer.put(&message, raw)?,
+            ToTarget::Final(ref last) => {
+                awaits_input = last.descriptors.awaits_input();
+                writer.put(&message, raw)?;
+            }
             ToTarget::Hello(_) | ToTarget::Ping | ToTarget::Build | ToTarget::Rehearse(_) => {
                 return Err(out_of_turn(&message))
             }

@@ -57,14 +57,15 @@ pub fn run(args: &Run) -> u8 {
         _ => size,
     };
     let modes = tty::modes(here.as_fd()).ok();
-    let pid = match holder::start(args.command.clone(), size, modes) {
+    let show = on_terminal && !args.detach;
+    let pid = match holder::start(args.command.clone(), size, modes, show) {
         Ok(pid) => pid,
         Err(e) => {
             say(&e);
             return Exit::Other as u8;
         }
     };
-    if args.detach || !on_terminal {
+    if !show {
         line(&pid.to_string());
         return Exit::Done as u8;
     }
@@ -177,10 +178,11 @@ fn show(found: Holder, only_watch: bool, key: u8) -> Result<Over> {
     signals.thread_block().context("block", "signals")?;
     let bell = SignalFd::with_flags(&signals, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)
         .context("wait for", "signals")?;
-    line.say(&Ask::Show {
+    // It may have said its last word already.
+    let _ = line.say(&Ask::Show {
         terminal: 0,
         size: size_here().filter(|_| !only_watch),
-    })?;
+    });
     let (mut input, mut output) = (io::stdin(), io::stdout());
     let mut typing = true;
     loop {
@@ -192,7 +194,7 @@ fn show(found: Holder, only_watch: bool, key: u8) -> Result<Over> {
                     .context("write to", "standard output")?,
                 Said::Ended(ended) => return Ok(Over::Ended(ended)),
                 Said::Left { there } => return Ok(Over::Left(there)),
-                Said::Hello { .. } | Said::Pictures(_) => {}
+                Said::Hello { .. } | Said::Held | Said::Pictures(_) => {}
             }
         }
         let mut fds = vec![

@@ -27,6 +27,7 @@ use pmig::id::Id;
 use pmig::keeper;
 use pmig::source;
 use pmig::state::pcb::PcbChoice;
+use pmig::sys::timens;
 use pmig::transport::Addr;
 
 /// How pmig ends.
@@ -366,6 +367,9 @@ pub struct Session {
 pub fn run() -> ExitCode {
     let cli = Cli::parse();
     log(cli.verbose);
+    if let Err(e) = timens::enter_first() {
+        tracing::debug!("time namespace of the machine: {e}");
+    }
     let exit = match cli.command {
         Command::Serve(args) => serve::run(&args, cli.verbose),
         Command::Migrate(args) => migrate::run(&args),

@@ -1,4 +1,5 @@
 use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
 
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use pmig::error::{printable, Error, Result};
@@ -8,6 +9,9 @@ use pmig::sys::pidfd;
 
 use super::output::{error_line, json};
 use super::{say, Exit, Wait};
+
+/// How long its holder may take to note how it ended.
+const SOON: Duration = Duration::from_secs(1);
 
 /// What became of a program.
 enum End {
@@ -51,7 +55,8 @@ fn wait(pid: i32) -> Result<End> {
         if let Some(found) = holder::find_soon(pid)? {
             let mut line = found.line;
             line.set_patience(None)?;
-            line.say(&Ask::Wait)?;
+            // It may have said its last word already.
+            let _ = line.say(&Ask::Wait);
             match line.hear() {
                 Ok(Said::Ended(ended)) => return Ok(End::Ended(ended)),
                 Ok(Said::Left { there }) => return Ok(End::Left(there)),
@@ -76,12 +81,19 @@ fn wait(pid: i32) -> Result<End> {
     if let Some(there) = journal::left(pid, record.start)? {
         return Ok(End::Left(there));
     }
-    let noted = journal::see_target(record.id)?.map(|husk| husk.end());
-    match noted.transpose()?.flatten() {
-        Some(how) => serde_json::from_value(how)
-            .map(End::Ended)
-            .map_err(|e| Error::bad("record of its end", e)),
-        None => Ok(End::Unknown),
+    // Its holder, if it lives, is about to note it.
+    let begun = Instant::now();
+    loop {
+        let noted = journal::see_target(record.id)?.map(|husk| husk.end());
+        match noted.transpose()?.flatten() {
+            Some(how) => {
+                return serde_json::from_value(how)
+                    .map(End::Ended)
+                    .map_err(|e| Error::bad("record of its end", e))
+            }
+            None if begun.elapsed() > SOON => return Ok(End::Unknown),
+            None => std::thread::sleep(Duration::from_millis(20)),
+        }
     }
 }
 

@@ -55,7 +55,8 @@ pub enum Ask {
     Resize(Size),
     /// Nothing but to be told of the program's end.
     Wait,
-    /// Keeps what is typed, until this connection ends.
+    /// Keeps what is typed, until this connection ends; answered by
+    /// [`Said::Held`] when no more of it goes to the program.
     Hold,
     /// Asks for [`Said::Pictures`], when all that was written is in them.
     Pictures,
@@ -74,6 +75,7 @@ pub enum Said {
     /// What the program writes.
     Shown(#[serde(with = "serde_bytes")] Vec<u8>),
     Pictures(Vec<Picture>),
+    Held,
     /// The last word: it has ended.
     Ended(Ended),
     /// The last word: it left.
@@ -204,7 +206,11 @@ impl Holder {
     /// # Errors
     /// The holder is gone.
     pub fn hold(&mut self) -> Result<()> {
-        self.line.say(&Ask::Hold)
+        self.line.say(&Ask::Hold)?;
+        match self.line.hear()? {
+            Said::Held => Ok(()),
+            other => Err(out_of_turn(&other)),
+        }
     }
 
     /// What the terminals show, and what was typed and kept.
@@ -215,10 +221,12 @@ impl Holder {
         self.line.say(&Ask::Pictures)?;
         match self.line.hear()? {
             Said::Pictures(all) => Ok(all),
-            other => Err(Error::bad(
-                "holder",
-                format!("answers out of turn: {other:?}"),
-            )),
+            other => Err(out_of_turn(&other)),
         }
     }
+}
+
+fn out_of_turn(said: &Said) -> Error {
+    let text: String = format!("{said:?}").chars().take(40).collect();
+    Error::bad("holder", format!("answers out of turn: {text}"))
 }

@@ -36,8 +36,12 @@ const MAX_CLIENTS: usize = 32;
 const MAX_BEHIND: usize = 1 << 20;
 /// Between the two changes of size that make a program draw itself anew.
 const REDRAW: Duration = Duration::from_millis(60);
+/// Between two looks at a process that is dead and traced.
+const LINGERING: Duration = Duration::from_millis(20);
 /// How long those who look may take to hear of the end.
 const LAST_WORDS: Duration = Duration::from_secs(2);
+/// More than this is not shown behind what comes late.
+const MOST_SINCE: usize = 256 << 10;
 /// A terminal that no program has open is looked at again so often.
 const DORMANT: Duration = Duration::from_millis(500);
 
@@ -52,6 +56,9 @@ struct Shown {
     dormant: bool,
     /// Its size is another for a moment.
     redraw: Option<Instant>,
+    /// What was written since the program came, as long as it may have to be
+    /// shown behind what was written before.
+    since: Option<Vec<u8>>,
 }
 
 struct Client {
@@ -60,6 +67,8 @@ struct Client {
     holds: bool,
     /// It was shown less than all.
     behind: bool,
+    /// It was told of the end.
+    told: bool,
     gone: bool,
 }
 
@@ -71,8 +80,14 @@ struct Holder {
     id: Option<Id>,
     terminals: Vec<Shown>,
     clients: Vec<Client>,
-    /// Until the program runs.
+    /// To whoever set it up.
     setup: Option<Line>,
+    /// The program runs.
+    runs: bool,
+    /// Somebody is about to look, and must not come too late.
+    watched: bool,
+    /// What is typed from now on cannot go along any more.
+    sealed: bool,
     door: Option<(UnixListener, PathBuf)>,
     ended: Option<Ended>,
 }
@@ -93,6 +108,7 @@ pub fn run() -> Result<()> {
         deaf.add(signal);
     }
     deaf.thread_block().context("block", "signals")?;
+    spawn::heed_children();
     let stream = setup::detach()?;
     let mut line = Line::new(stream.try_clone().context("take over", "the line")?);
     let first: Setup = line.hear()?;
@@ -107,7 +123,7 @@ pub fn run() -> Result<()> {
     // Where it was started may be unmounted.
     let _ = chdir("/");
     let _ = fs::write("/proc/self/oom_score_adj", "-500");
-    if holder.id.is_some() {
+    if !holder.runs {
         holder.setup = Some(Line::patient(stream, LONGEST_SETUP)?);
     }
     holder.live();
@@ -121,16 +137,25 @@ fn begin(first: Setup) -> Result<Holder> {
             holder.adopt(arrived)?;
             Ok(holder)
         }
-        Setup::Start { argv, size, modes } => {
+        Setup::Start {
+            argv,
+            size,
+            modes,
+            watched,
+        } => {
             let what = argv.first().map(setup::word).unwrap_or_default();
             let (pid, master) = setup::spawn(&argv, size, modes).context("start", what)?;
             let mut holder = Holder::of(pid, None)?;
             holder.terminals.push(Shown::new(master, size, true)?);
+            holder.runs = true;
+            holder.watched = watched;
             // Whoever asked for it may look at once.
             holder.open_door()?;
             Ok(holder)
         }
-        Setup::Leave | Setup::Go(_) => Err(Error::bad("holder", "is told to hold nobody")),
+        Setup::Leave | Setup::Go | Setup::Show(_) => {
+            Err(Error::bad("holder", "is told to hold nobody"))
+        }
     }
 }
 
@@ -144,6 +169,7 @@ impl Shown {
             keys: VecDeque::new(),
             dormant: false,
             redraw: None,
+            since: (!blank).then(Vec::new),
         })
     }
 
@@ -174,6 +200,12 @@ impl Shown {
                 self.dormant = false;
                 part.truncate(n);
                 self.screen.write(&part);
+                if let Some(since) = &mut self.since {
+                    since.extend_from_slice(&part);
+                    if since.len() > MOST_SINCE {
+                        self.since = None;
+                    }
+                }
                 return part;
             }
             Err(Errno::EAGAIN) => self.dormant = false,
@@ -205,6 +237,9 @@ impl Holder {
             terminals: Vec::new(),
             clients: Vec::new(),
             setup: None,
+            runs: false,
+            watched: false,
+            sealed: false,
             door: None,
             ended: None,
         })
@@ -240,7 +275,7 @@ impl Holder {
             self.hear_setup();
             self.let_in();
             self.hear_clients();
-            if self.setup.is_none() {
+            if self.runs {
                 (0..self.terminals.len()).for_each(|n| self.pass(n));
             }
             self.look_at_process();
@@ -268,7 +303,7 @@ impl Holder {
             fds.push(PollFd::new(door.as_fd(), PollFlags::POLLIN));
         }
         let held = self.is_held();
-        for shown in self.terminals.iter().filter(|_| self.setup.is_none()) {
+        for shown in self.terminals.iter().filter(|_| self.runs) {
             let mut events = PollFlags::POLLIN;
             if !held && !shown.keys.is_empty() {
                 events |= PollFlags::POLLOUT;
@@ -311,7 +346,8 @@ impl Holder {
     fn may_speak(&self, client: &Client) -> bool {
         let shown = client.sees.and_then(|n| self.terminals.get(n));
         let full = shown.is_some_and(|t| t.keys.len() + MAX_KEYS > Picture::MOST_KEPT);
-        !full && client.line.pending() <= MAX_BEHIND
+        let late = self.sealed && !client.holds && self.is_held();
+        !full && !late && client.line.pending() <= MAX_BEHIND
     }
 
     fn hear_setup(&mut self) {
@@ -333,21 +369,54 @@ impl Holder {
                 self.setup = Some(setup);
             }
             Ok(Some(Setup::Leave)) => std::process::exit(0),
-            Ok(Some(Setup::Go(pictures))) => self.go(&pictures),
+            Ok(Some(Setup::Go)) => {
+                self.go();
+                self.setup = Some(setup);
+            }
+            Ok(Some(Setup::Show(pictures))) => {
+                self.go();
+                self.show_before(&pictures);
+            }
             // The session is gone; what it began may go on without it.
-            Ok(None | Some(Setup::Start { .. })) | Err(_) => self.go(&[]),
+            Ok(None | Some(Setup::Start { .. })) | Err(_) => {
+                self.go();
+                self.show_before(&[]);
+            }
         }
     }
 
-    fn go(&mut self, pictures: &[Picture]) {
-        for (shown, picture) in self.terminals.iter_mut().zip(pictures) {
-            if !picture.shows.is_empty() {
-                shown.screen.write(&picture.shows);
+    fn go(&mut self) {
+        if std::mem::replace(&mut self.runs, true) {
+            return;
+        }
+        for shown in &mut self.terminals {
+            if let Ok(size) = tty::size(shown.master.as_fd()) {
+                shown.size = size;
+                shown.screen.resize(size);
             }
-            shown.keys.extend(&picture.keys);
         }
         // A program that cannot be looked at is none that cannot run.
         let _ = self.open_door();
+    }
+
+    /// What was shown before the program came goes before what it wrote since.
+    fn show_before(&mut self, pictures: &[Picture]) {
+        for (n, shown) in self.terminals.iter_mut().enumerate() {
+            let since = shown.since.take();
+            let Some(picture) = pictures.get(n) else {
+                continue;
+            };
+            for key in picture.keys.iter().rev() {
+                shown.keys.push_front(*key);
+            }
+            if let (Some(since), false) = (since, picture.shows.is_empty()) {
+                shown.screen = Screen::new(shown.size, true);
+                shown.screen.write(&picture.shows);
+                shown.screen.write(&since);
+                let seeing = self.clients.iter_mut().filter(|c| c.sees == Some(n));
+                seeing.for_each(|c| c.behind = true);
+            }
+        }
     }
 
     fn let_in(&mut self) {
@@ -412,8 +481,13 @@ impl Holder {
             (Ask::Resize(size), Some(shown)) => shown.resize(size),
             (Ask::Keys(_) | Ask::Resize(_), None) => client.gone = true,
             (Ask::Wait, _) => {}
-            (Ask::Hold, _) => client.holds = true,
+            (Ask::Hold, _) => {
+                client.holds = true;
+                client.say(&Said::Held);
+                self.sealed = false;
+            }
             (Ask::Pictures, _) => {
+                self.sealed = true;
                 (0..self.terminals.len()).for_each(|t| self.drain(t));
                 let pictures = self.terminals.iter_mut().map(Shown::hand_over).collect();
                 self.clients[n].say(&Said::Pictures(pictures));
@@ -477,7 +551,13 @@ impl Holder {
 
     fn look_at_process(&mut self) {
         match spawn::reap(self.pid) {
-            Ok(None) => {}
+            Ok(None) => {
+                // Dead, and not given to us yet by who traces it.
+                let mut fds = [PollFd::new(self.process.as_fd(), PollFlags::POLLIN)];
+                if matches!(poll(&mut fds, PollTimeout::ZERO), Ok(1)) {
+                    std::thread::sleep(LINGERING);
+                }
+            }
             Ok(Some(status)) => self.ended = Some(Ended::of(status)),
             // Somebody made another its parent.
             Err(_) => self.ended = Some(Ended::Code(0)),
@@ -499,22 +579,43 @@ impl Holder {
             Some(there) => Said::Left { there },
             None => Said::Ended(ended),
         };
-        for client in &mut self.clients {
-            client.say(&word);
-        }
         let until = Instant::now() + LAST_WORDS;
         while Instant::now() < until {
+            self.let_in();
+            self.hear_clients();
+            for client in &mut self.clients {
+                // Who is about to look is to see what was written.
+                if !client.told && (!self.watched || client.sees.is_some()) {
+                    client.told = true;
+                    self.watched = false;
+                    client.say(&word);
+                }
+                client.gone |= client.line.flush().is_err();
+            }
             self.clients
-                .retain_mut(|c| c.line.flush().is_ok() && c.line.pending() > 0);
-            if self.clients.is_empty() {
+                .retain(|c| !(c.gone || c.told && c.line.pending() == 0));
+            if self.clients.is_empty() && !self.watched {
                 break;
             }
-            let all = self.clients.iter();
-            let mut fds: Vec<_> = all
-                .map(|c| PollFd::new(c.line.fd(), PollFlags::POLLOUT))
-                .collect();
+            let mut fds: Vec<_> = self.doors().collect();
             let _ = poll(&mut fds, PollTimeout::from(100u8));
         }
+    }
+
+    /// What may bring news from those who look.
+    fn doors(&self) -> impl Iterator<Item = PollFd<'_>> {
+        let door = self.door.iter();
+        let door = door.map(|(door, _)| PollFd::new(door.as_fd(), PollFlags::POLLIN));
+        let clients = self.clients.iter().map(|c| {
+            let going = c.line.pending() > 0;
+            let events = if going {
+                PollFlags::POLLOUT
+            } else {
+                PollFlags::POLLIN
+            };
+            PollFd::new(c.line.fd(), events)
+        });
+        door.chain(clients)
     }
 
     fn note(&self, ended: Ended) -> Result<()> {
@@ -559,6 +660,7 @@ fn greet(stream: UnixStream, hello: &Said) -> Result<Client> {
         sees: None,
         holds: false,
         behind: false,
+        told: false,
         gone: false,
     };
     client.say(hello);

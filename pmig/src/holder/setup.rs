@@ -10,6 +10,7 @@ use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use nix::unistd::setsid;
 use serde::{Deserialize, Serialize};
 
@@ -32,8 +33,10 @@ const PARENT: usize = 4;
 pub(super) enum Setup {
     /// To hold its child, a husk.
     Adopt(Arrived),
-    /// The program runs: show this first.
-    Go(Vec<Picture>),
+    /// The program runs.
+    Go,
+    /// What its terminals showed before.
+    Show(Vec<Picture>),
     /// To end, so that its child is an orphan.
     Leave,
     /// To start a program.
@@ -41,6 +44,8 @@ pub(super) enum Setup {
         argv: Vec<OsString>,
         size: Size,
         modes: Option<Modes>,
+        /// Somebody is about to look.
+        watched: bool,
     },
 }
 
@@ -101,6 +106,12 @@ impl Adopting {
         answer(&mut self.line).map(drop)
     }
 
+    /// Whether it lives: its end of the line is open.
+    pub fn is_there(&self) -> bool {
+        let mut fds = [PollFd::new(self.line.fd(), PollFlags::POLLIN)];
+        matches!(poll(&mut fds, PollTimeout::ZERO), Ok(0))
+    }
+
     /// The program is to be an orphan. Returns when it is.
     ///
     /// # Errors
@@ -124,8 +135,16 @@ impl Adopting {
     ///
     /// # Errors
     /// The holder is gone.
-    pub fn go(mut self, pictures: Vec<Picture>) -> Result<()> {
-        self.line.say(&Setup::Go(pictures))
+    pub fn go(&mut self) -> Result<()> {
+        self.line.say(&Setup::Go)
+    }
+
+    /// What its terminals showed before: the last that is said.
+    ///
+    /// # Errors
+    /// The holder is gone.
+    pub fn show(mut self, pictures: Vec<Picture>) -> Result<()> {
+        self.line.say(&Setup::Show(pictures))
     }
 }
 
@@ -137,11 +156,12 @@ fn answer(line: &mut Line) -> Result<i32> {
 }
 
 /// Starts a program under a holder of its own, on a new terminal of that size,
-/// with the environment and directory of this process. Returns its PID.
+/// with the environment and directory of this process. Returns its PID. If
+/// `watched`, its holder waits for the first who looks before it ends.
 ///
 /// # Errors
 /// It cannot be started.
-pub fn start(argv: Vec<OsString>, size: Size, modes: Option<Modes>) -> Result<i32> {
+pub fn start(argv: Vec<OsString>, size: Size, modes: Option<Modes>, watched: bool) -> Result<i32> {
     make_folder()?;
     let (ours, theirs) = UnixStream::pair().context("make", "a line to the holder")?;
     Command::new("/proc/self/exe")
@@ -154,7 +174,12 @@ pub fn start(argv: Vec<OsString>, size: Size, modes: Option<Modes>) -> Result<i3
         .context("start", "the program's holder")?;
     let mut line = Line::new(ours);
     line.set_patience(Some(PATIENCE))?;
-    line.say(&Setup::Start { argv, size, modes })?;
+    line.say(&Setup::Start {
+        argv,
+        size,
+        modes,
+        watched,
+    })?;
     answer(&mut line)
 }
 

@@ -292,6 +292,7 @@ impl Entry {
             self.folder.discard(prepared)?;
         }
         self.folder.forget("aborted")?;
+        self.folder.forget("input")?;
         self.folder.decide("settled", b"{}\n").map(drop)
     }
 

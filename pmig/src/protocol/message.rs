@@ -17,6 +17,7 @@
 //!      (the program is stopped)
 //!   Files, Layout, Drops, Final -------->      all but what was written last,
 //!   Pages, Block, Complete ------------->      which comes meanwhile
+//!   Typed ------------------------------>      if it has a terminal
 //!         <------------------------ Ready      only a thaw is left
 //!      (COMMITTING is recorded)
 //!   Commit ----------------------------->      COMMITTED is recorded, thaw
@@ -33,6 +34,7 @@ use crate::id::{Id, Secret};
 use crate::image::{Final, Picture, Preview, Shipped};
 use crate::journal::Order;
 use crate::state::clock::Reading;
+use crate::state::fd::Input;
 use crate::state::files::FileSet;
 use crate::state::memory::Layout;
 
@@ -73,6 +75,9 @@ pub enum ToTarget {
     /// in the order in which they were asked for.
     Complete(Vec<Shipped>),
     Commit(Order),
+    /// What was typed for the program and not read yet, behind Complete, if its
+    /// terminal is said to have such.
+    Typed(Input),
     /// What the program's terminals show: to a machine when it runs there, to a
     /// file before Complete.
     Pictures(Vec<Picture>),

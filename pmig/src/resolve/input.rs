@@ -3,7 +3,8 @@
 use serde_json::Value;
 
 use crate::error::{Error, Result};
-use crate::journal::Armed;
+use crate::hold::Frozen;
+use crate::journal::{self, Armed};
 use crate::state::fd::{self, Passage, Taken};
 
 fn noted(armed: &Armed) -> Result<Option<Taken>> {
@@ -36,14 +37,22 @@ pub fn complete_input(armed: &Armed, passage: &Passage) -> Result<()> {
     Ok(())
 }
 
-/// Gives it back, if anything was taken. The program must stand still.
+/// Gives it back, if anything was taken, to a program that is held.
 ///
 /// # Errors
 /// Those of the record and of the terminal.
-pub fn give_input_back(armed: &Armed) -> Result<()> {
+pub fn give_input_back(armed: &Armed, held: &Frozen) -> Result<()> {
     let Some(taken) = noted(armed)? else {
         return Ok(());
     };
-    fd::give_back(armed.record().pid, &taken)?;
+    let record = armed.record();
+    // To one that runs, or to another, nothing is given: it would be typed out
+    // of turn.
+    let there = held.holds()?
+        && held.pid()? == Some(record.pid)
+        && journal::start_of(record.pid)? == record.start;
+    if there {
+        fd::give_back(record.pid, &taken, &mut |giving| note_input(armed, giving))?;
+    }
     armed.forget_input()
 }

@@ -158,7 +158,7 @@ pub(super) fn act(armed: &Armed, verdict: &Verdict) -> Result<Now> {
         Verdict::RunsHere { .. } => {
             if let Some(held) = held {
                 // It goes on in any case.
-                if let Err(e) = give_input_back(armed) {
+                if let Err(e) = give_input_back(armed, &held) {
                     tracing::warn!("what was typed for process {} is lost: {e}", record.pid);
                 }
                 held.thaw()?.release()?;

@@ -1,8 +1,10 @@
 //! What came for the program while it was on its way.
 
-use super::Run;
+use super::{Building, Run};
 use crate::error::Result;
 use crate::protocol::message::ToTarget;
+use crate::resolve;
+use crate::state::fd::Taken;
 
 impl Run<'_> {
     /// Signals sent to the program since it was captured.
@@ -23,6 +25,20 @@ impl Run<'_> {
             Ok(mask) => tracing::info!("signals {mask:#x} were passed on"),
             Err(e) => tracing::warn!("signals that came last may be lost: {e}"),
         }
+    }
+
+    /// What was typed for the program, which is frozen now, and that it has not
+    /// read.
+    pub(super) fn send_typed(&mut self, b: &Building) -> Result<()> {
+        let Some(table) = self.last_table.take() else {
+            return Ok(());
+        };
+        let mut note = |taken: &Taken| resolve::note_input(&b.armed, taken);
+        let passage = b.keeper.passage();
+        let input = self.descriptors.take_input(&table, passage, &mut note)?;
+        self.wire.send(&ToTarget::Typed(input))?;
+        self.part("terminal");
+        Ok(())
     }
 
     /// What its terminals show, and what was typed meanwhile: nothing that the

@@ -38,7 +38,7 @@ use crate::report::{Event, Facts, Failure, Freeze, Outcome, Progress, Summary};
 use crate::resolve::{self, Now};
 use crate::state::bounds::Bounds;
 use crate::state::clock::{self, Clock, Difference, Reading};
-use crate::state::fd::{self, Beat, Watch as FdWatch};
+use crate::state::fd::{self, Beat, FdTable, Watch as FdWatch};
 use crate::state::memory::{self, Kernel, Layout, Tracker, PAGE};
 use crate::state::paths::FilePath;
 use crate::state::pcb::{self, Backend, CaptureContext, MachineFacts, PcbChoice};
@@ -49,7 +49,7 @@ use crate::tracee::{Ground, Stopped};
 use crate::transport::Addr;
 use files::SourceFiles;
 pub use notes::notes;
-use undo::{abandon, give_input_back, has_ended, GiveBack};
+use undo::{abandon, has_ended};
 
 /// How long the target may take to answer while nothing stands still.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -172,6 +172,8 @@ struct Run<'a> {
     _claim: Option<Claim>,
     /// Who holds the program's terminals here, if somebody of ours does.
     holder: Option<Holder>,
+    /// The table at the freeze, if what was typed is still to be taken.
+    last_table: Option<FdTable>,
     /// As captured, and what is pending now.
     signals: Option<(Signals, Pending)>,
 }
@@ -292,6 +294,7 @@ impl<'a> Run<'a> {
             stopped_at: None,
             _claim: claim,
             holder: None,
+            last_table: None,
             signals: None,
         };
         if !ask_only {
@@ -418,7 +421,7 @@ impl<'a> Run<'a> {
             }
         }
         self.compare_clocks()?;
-        self.descriptors.recheck_pipes()?;
+        self.descriptors.recheck()?;
         self.holder = holder::find(self.pid)?;
         self.ended(Phase::Copy, format!("{} rounds", self.rounds), begun);
         Ok(())
@@ -456,11 +459,6 @@ impl<'a> Run<'a> {
         self.part("scan");
         let mut descriptors = self.descriptors.look(Beat::Stopped)?;
         self.descriptors.ask(&mut descriptors, &mut stopped)?;
-        let input = GiveBack::new(&b.armed);
-        self.descriptors
-            .take_input(&mut descriptors, b.keeper.passage(), &mut |taken| {
-                resolve::note_input(&b.armed, taken)
-            })?;
         self.sync_files(&b.tracker.layout, &descriptors)?;
         self.part("descriptors");
         self.send_layout(&b.tracker, &found)?;
@@ -479,7 +477,7 @@ impl<'a> Run<'a> {
         self.wire
             .send(&ToTarget::Final(Box::new(Final {
                 pcb,
-                descriptors,
+                descriptors: descriptors.clone(),
                 clock: clock_there,
             })))
             .map_err(|e| self.better(e))?;
@@ -514,16 +512,15 @@ impl<'a> Run<'a> {
         let frozen = hold.freeze(hold::PATIENCE)?;
         self.laps.add("held");
         // From here on its cgroup holds it, whatever becomes of us.
-        input.later();
         b.restart.going_on(&mut stopped)?;
         if let Err(e) = stopped.detach() {
-            give_input_back(&b.armed);
             b.hold = Some(frozen.thaw()?);
             return Err(e);
         }
         self.part("hold");
         self.freeze.pages = found.bytes() / PAGE;
         self.freeze.bytes = self.wire.sent - before;
+        self.last_table = descriptors.awaits_input().then_some(descriptors);
         Ok(frozen)
     }
 
@@ -531,6 +528,7 @@ impl<'a> Run<'a> {
     fn ready(&mut self, b: &mut Building, _held: &Frozen) -> Result<()> {
         self.begin(Phase::Ready);
         b.keeper.enter(Phase::Ready)?;
+        self.send_typed(b)?;
         let there = match answer(&mut self.wire)? {
             ToSource::Ready(there) => there,
             other => return Err(unexpected(&self.wire, &other)),

@@ -123,7 +123,12 @@ impl Run<'_> {
         match b.armed.abort(why) {
             // If it does not thaw, the keeper tries again.
             Ok(Stage::Aborted(..)) => {
-                give_input_back(&b.armed);
+                let passage = b.keeper.passage();
+                let given = resolve::complete_input(&b.armed, passage)
+                    .and_then(|()| resolve::give_input_back(&b.armed, &frozen));
+                if let Err(e) = given {
+                    tracing::warn!("what was typed for the program is lost: {e}");
+                }
                 frozen.thaw().map_err(|_| unresolved())
             }
             // Whoever decided otherwise knew why; the records say what to do.
@@ -143,36 +148,6 @@ impl Run<'_> {
                 })
             }
         }
-    }
-}
-
-/// Gives input back before the program goes on, if it does so before its cgroup
-/// holds it.
-pub(super) struct GiveBack(Option<Armed>);
-
-impl GiveBack {
-    pub fn new(armed: &Armed) -> GiveBack {
-        GiveBack(Some(armed.clone()))
-    }
-
-    /// Others will, if need be.
-    pub fn later(mut self) {
-        self.0 = None;
-    }
-}
-
-impl Drop for GiveBack {
-    fn drop(&mut self) {
-        if let Some(armed) = &self.0 {
-            give_input_back(armed);
-        }
-    }
-}
-
-/// What was taken of its terminal's input, while it still stands still.
-pub(super) fn give_input_back(armed: &Armed) {
-    if let Err(e) = resolve::give_input_back(armed) {
-        tracing::warn!("what was typed for the program is lost: {e}");
     }
 }
 

@@ -258,6 +258,13 @@ pub fn on_terminal(command: &mut Command, terminal: &OwnedFd) -> io::Result<()> 
     Ok(())
 }
 
+/// Has children be waited for, whatever whoever started this process wished:
+/// where SIGCHLD is ignored they vanish.
+pub fn heed_children() {
+    // SAFETY: the default action runs no code of ours.
+    unsafe { libc::signal(libc::SIGCHLD, libc::SIG_DFL) };
+}
+
 /// How a child ended, as wait(2) says it; none while it lives.
 ///
 /// # Errors

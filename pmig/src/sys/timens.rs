@@ -2,6 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
+use std::os::fd::AsRawFd;
 
 /// Gives the children-to-be of this thread's process a new time namespace.
 /// Works once, in the main thread or a single-threaded process.
@@ -32,6 +33,22 @@ pub fn set_offsets(mut file: &File, monotonic: i128, boottime: i128) -> io::Resu
 /// The namespace, for setns(2).
 pub fn open() -> io::Result<File> {
     File::open("/proc/self/ns/time_for_children")
+}
+
+/// Enters the time namespace of the machine's first process, if this
+/// single-threaded process is in another: what procfs tells of other processes'
+/// start is by the reader's clock.
+pub fn enter_first() -> io::Result<()> {
+    let link = |who: &str| std::fs::read_link(format!("/proc/{who}/ns/time"));
+    if link("1")? == link("self")? {
+        return Ok(());
+    }
+    let first = File::open("/proc/1/ns/time")?;
+    // SAFETY: numbers only.
+    match unsafe { libc::setns(first.as_raw_fd(), libc::CLONE_NEWTIME) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 /// Reads a clock of this machine, in nanoseconds.

@@ -497,6 +497,18 @@ impl Building {
         }
     }
 
+    /// Without it the program's terminals would hang up as soon as it runs.
+    fn holder_lives(&self) -> Result<()> {
+        let needed = !self.descriptors.masters().is_empty();
+        match &self.holder {
+            Some(holder) if needed && !holder.is_there() => Err(Error::bad(
+                "the program's holder",
+                "died before the program could run",
+            )),
+            _ => Ok(()),
+        }
+    }
+
     /// What is to be sent a signal at its parent's end has one that does not
     /// end, unless it would be hung up then anyway.
     fn find_parent(&mut self, pcb: &Pcb) -> Result<()> {
@@ -509,12 +521,20 @@ impl Building {
 
     /// Says that all is ready, and waits for the order.
     fn ready(&mut self, times: Ready, wire: &mut Wire) -> Result<journal::Order> {
+        if self.descriptors.table().awaits_input() {
+            match wire.recv()? {
+                ToTarget::Typed(input) => self.descriptors.type_in(&input)?,
+                other => return Err(out_of_turn(wire, &other)),
+            }
+        }
         self.files.check()?;
+        self.holder_lives()?;
         wire.send(&ToSource::Ready(times))?;
         fault::point(Phase::Ready, Role::Target, || wire.link().cut());
         match wire.recv()? {
             ToTarget::Commit(order) => {
                 self.laps.add("order came");
+                self.holder_lives()?;
                 Ok(order)
             }
             other => Err(out_of_turn(wire, &other)),
@@ -546,6 +566,10 @@ impl Building {
         let told = wire.send(&ToSource::Committed { at });
         fault::point(Phase::Release, Role::Target, || wire.link().cut());
         committed.let_live(running);
+        let mut holder = holder;
+        if let Some(Err(e)) = holder.as_mut().map(Adopting::go) {
+            tracing::warn!("the program's holder: {e}");
+        }
         // Writing files through to the disk takes its time.
         watch_over(PATIENCE);
         laps.log("target");
@@ -554,8 +578,8 @@ impl Building {
             tracing::warn!("where the program came from is not noted: {e}");
         }
         hear_last(wire, process, &mut pictures);
-        if let Some(Err(e)) = holder.map(|h| h.go(pictures)) {
-            tracing::warn!("nobody holds the program's terminals: {e}");
+        if let Some(Err(e)) = holder.map(|h| h.show(pictures)) {
+            tracing::warn!("what the program's terminals showed is lost: {e}");
         }
         let placed = placed.and_then(|()| files.clear());
         files.sync();

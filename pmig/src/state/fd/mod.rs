@@ -29,7 +29,7 @@ pub use install::{Installation, Whose};
 pub use opened::{Opened, Shape};
 pub use pipe::{Pipe, PipeEnd};
 pub use regular::Regular;
-pub use terminal::{Passage, Taken, Terminal, TerminalEnd};
+pub use terminal::{Input, Passage, Taken, Terminal, TerminalEnd};
 pub use watch::{give_back, preflight, Beat, Watch};
 
 use crate::error::{Context, Error, Obstacle, Result};
@@ -289,6 +289,13 @@ impl FdTable {
                             (a, b) => a == b,
                         }
                 })
+    }
+
+    /// Whether what was typed for the process follows, as [`Input`].
+    pub fn awaits_input(&self) -> bool {
+        self.terminals
+            .iter()
+            .any(|t| t.now.is_some_and(|now| now.typed))
     }
 
     /// The highest descriptor in use, -1 where there is none: the process's

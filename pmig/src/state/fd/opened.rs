@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 
 use nix::sys::resource::{getrlimit, setrlimit, Resource};
 
-use super::terminal::{self, Made};
+use super::terminal::{self, Input, Made};
 use super::{device, directory, pipe, regular, Description, FdTable, Kind};
 use crate::error::{Context, Error, Result};
 use crate::state::objects::Opener;
@@ -138,6 +138,17 @@ impl Opened {
         all.into_iter()
             .map(|(_, master, t)| (master, t.now.as_ref().map_or(Size::default(), |n| n.size)))
             .collect()
+    }
+
+    /// Types into the controlling terminal what was typed for the process.
+    ///
+    /// # Errors
+    /// [`Error::Bad`] for what cannot have been typed; those of the terminal.
+    pub fn type_in(&self, input: &Input) -> Result<()> {
+        let n = self.table.terminals.iter().position(|t| t.controls);
+        let made = n.and_then(|n| self.terminals.get(n));
+        let made = made.ok_or_else(|| Error::bad("input from peer", "is for no terminal"))?;
+        made.type_in(input)
     }
 
     pub fn table(&self) -> &FdTable {

@@ -9,8 +9,8 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use nix::errno::Errno;
 use nix::fcntl::{fcntl, tee, FcntlArg, OFlag, SpliceFFlags};
-use nix::sys::stat::{major, makedev};
-use nix::unistd::{pipe2, read};
+use nix::sys::stat::{fchmod, fstat, major, makedev, Mode};
+use nix::unistd::{fchown, pipe2, read, Gid, Uid};
 use serde::{Deserialize, Serialize};
 
 use super::look::{Name, Subject};
@@ -20,8 +20,11 @@ use crate::proc::stat::Stat;
 use crate::sys::fds::bytes_waiting;
 use crate::sys::tty::{self, Modes, Size, DISABLED};
 
-/// More than a terminal can hold unread: `N_TTY_BUF_SIZE`.
-const MAX_INPUT: usize = 8 << 10;
+/// As many bytes as a terminal holds unread: `N_TTY_BUF_SIZE`, less one.
+const FULL: usize = 4095;
+
+/// What input is called in messages.
+const OBJECT: &str = "what was typed for the program";
 
 /// The place of `tty_nr` in proc_pid_stat(5); the foreground group follows.
 const TTY_NR: usize = 7;
@@ -47,13 +50,25 @@ pub struct Terminal {
 }
 
 /// How a terminal is.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Now {
-    pub modes: Modes,
+    /// None for a process in its background: they are whoever's is in front.
+    pub modes: Option<Modes>,
     pub size: Size,
     /// `TIOCEXCL`.
     pub exclusive: bool,
-    pub input: Input,
+    /// Who may open it.
+    pub owner: Owner,
+    /// What was typed for the process goes with it, as [`Input`].
+    pub typed: bool,
+}
+
+/// Owner and permissions of a terminal's node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Owner {
+    pub uid: u32,
+    pub gid: u32,
+    pub mode: u32,
 }
 
 /// What was typed and not read yet.
@@ -98,6 +113,30 @@ impl Control {
             device: (device != 0).then(|| tty::decode(device as u32)),
             foreground: group == foreground,
         })
+    }
+}
+
+impl Control {
+    /// Whether nobody else is in the process's group, if a terminal controls it.
+    pub fn is_alone(pid: i32) -> Result<bool> {
+        let group = |pid: i32| Stat::read(pid)?.fields::<3>(TTY_NR - 2);
+        let [own, _, device] = group(pid)?;
+        if device == 0 {
+            return Ok(false);
+        }
+        for entry in std::fs::read_dir("/proc")
+            .context("list", "/proc")?
+            .flatten()
+        {
+            let other = entry.file_name().to_str().and_then(|n| n.parse().ok());
+            // Those that end meanwhile are in no group.
+            if let Some(Ok([theirs, ..])) = other.filter(|n| *n != pid).map(group) {
+                if theirs == own {
+                    return Ok(false);
+                }
+            }
+        }
+        Ok(true)
     }
 }
 
@@ -153,8 +192,15 @@ pub(super) fn glance(s: &Subject<'_>) -> Terminal {
     }
 }
 
-/// Looks at a terminal through a copy of a descriptor of it, all but its input.
-pub(super) fn look(fd: &OwnedFd, terminal: &mut Terminal, object: &str) -> Result<()> {
+/// Looks at a terminal through a copy of a descriptor of it; `typed`: whether what
+/// is typed there is for the process alone.
+pub(super) fn look(
+    fd: &OwnedFd,
+    terminal: &mut Terminal,
+    control: Control,
+    typed: bool,
+    object: &str,
+) -> Result<()> {
     let refuse =
         |why: &str, remedy: &str| Err(Error::Refused(vec![Obstacle::new(object, why, remedy)]));
     let modes = match tty::modes(fd.as_fd()) {
@@ -177,11 +223,18 @@ pub(super) fn look(fd: &OwnedFd, terminal: &mut Terminal, object: &str) -> Resul
             "unlock them first",
         );
     }
+    let node = fstat(fd).context("look at", object)?;
+    let behind = terminal.controls && !control.foreground;
     terminal.now = Some(Now {
-        modes,
+        modes: (!behind).then_some(modes),
         size: tty::size(fd.as_fd()).context("read the size of", object)?,
         exclusive: tty::is_exclusive(fd.as_fd()).context("look at", object)?,
-        input: Input::default(),
+        owner: Owner {
+            uid: node.st_uid,
+            gid: node.st_gid,
+            mode: node.st_mode & 0o777,
+        },
+        typed: typed && terminal.controls && !behind,
     });
     Ok(())
 }
@@ -197,6 +250,8 @@ pub struct Taken {
     readable: u32,
     /// What was taken; none as long as it may lie in the pipe.
     bytes: Option<Vec<u8>>,
+    /// Somebody has begun to give it back.
+    giving: bool,
 }
 
 /// Where input goes on its way, so that it is never in one process alone:
@@ -240,53 +295,61 @@ fn take_all(pipe: &OwnedFd) -> Result<Vec<u8>> {
     }
 }
 
-/// Takes the input of a terminal whose process stands still. `note` is called
-/// with what has to be undone, before it is done and after.
+/// Takes the input of a terminal whose process is frozen. `note` is called with
+/// what has to be undone, before it is done and after.
 pub(super) fn take(
     copy: &OwnedFd,
     fd: i32,
-    now: &mut Now,
     passage: &Passage,
     note: &mut dyn FnMut(&Taken) -> Result<()>,
-) -> Result<()> {
-    const OBJECT: &str = "the terminal's input";
+) -> Result<Input> {
     tty::leave_if_background(copy.as_fd());
+    let modes = tty::modes(copy.as_fd()).context("read the modes of", "the terminal")?;
     let readable = bytes_waiting(copy.as_fd()).context("look into", OBJECT)?;
-    let lines = now.modes.local & libc::ICANON != 0;
-    if !lines && readable == 0 {
-        return Ok(());
+    if readable >= FULL {
+        return Err(Error::Refused(vec![Obstacle::new(
+            OBJECT,
+            "is as much as a terminal holds, and there may be more behind it",
+            "let the program read it first",
+        )]));
     }
     let mut taken = Taken {
         fd,
-        modes: now.modes,
+        modes,
         readable: readable as u32,
         bytes: None,
+        giving: false,
     };
     note(&taken)?;
-    // By lines the last, unfinished one cannot be seen.
-    let mut raw = now.modes;
-    raw.local &= !libc::ICANON;
-    raw.chars[libc::VMIN] = 0;
-    raw.chars[libc::VTIME] = 0;
-    tty::set_modes(copy.as_fd(), &raw).context("set the modes of", "the terminal")?;
-    while bytes_waiting(copy.as_fd()).context("look into", OBJECT)? != 0 {
-        if tty::take_input(copy.as_fd(), passage.write.as_fd(), MAX_INPUT)
-            .context("take", OBJECT)?
-            == 0
-        {
-            break;
-        }
-    }
-    tty::set_modes(copy.as_fd(), &now.modes).context("set the modes of", "the terminal")?;
+    drain(copy, &modes, passage)?;
     let bytes = passage.peek()?;
     taken.bytes = Some(bytes.clone());
     note(&taken)?;
     take_all(&passage.read)?;
-    now.input = Input::decode(bytes, taken.readable as usize, &now.modes);
-    if now.input.bytes.len() > MAX_INPUT {
-        return Err(Error::bad(OBJECT, "is more than a terminal holds"));
+    Ok(Input::decode(bytes, readable, &modes))
+}
+
+/// Moves what is typed into the passage, and leaves the terminal with these
+/// modes.
+fn drain(copy: &OwnedFd, modes: &Modes, passage: &Passage) -> Result<()> {
+    // By lines the last, unfinished one cannot be seen.
+    let mut raw = *modes;
+    raw.local &= !libc::ICANON;
+    raw.chars[libc::VMIN] = 0;
+    raw.chars[libc::VTIME] = 0;
+    tty::set_modes(copy.as_fd(), &raw).context("set the modes of", "the terminal")?;
+    // More may wait behind what the terminal holds: only reading shows it. But
+    // no more is taken than can be given back.
+    let mut room = FULL;
+    while room > 0 {
+        match tty::take_input(copy.as_fd(), passage.write.as_fd(), room) {
+            Ok(0) => break,
+            Ok(n) => room = room.saturating_sub(n),
+            Err(e) if e.raw_os_error() == Some(libc::EAGAIN) => break,
+            Err(e) => return Err(e).context("take", OBJECT),
+        }
     }
-    Ok(())
+    tty::set_modes(copy.as_fd(), modes).context("set the modes of", "the terminal")
 }
 
 impl Taken {
@@ -299,23 +362,46 @@ impl Taken {
         if self.bytes.is_some() {
             return Ok(false);
         }
-        self.bytes = Some(passage.peek()?);
+        self.bytes = Some(take_all(&passage.read)?);
         Ok(true)
     }
 
     /// Gives a terminal its modes and its input back, through a copy of the
-    /// descriptor. The process must stand still.
+    /// descriptor, before what was typed since. The process must be frozen.
+    /// `note` is called before anything is done.
     ///
     /// # Errors
     /// Those of the terminal; one that was hung up meanwhile needs nothing.
-    pub fn give_back(&self, copy: &OwnedFd) -> Result<()> {
+    pub fn give_back(
+        &self,
+        copy: &OwnedFd,
+        note: &mut dyn FnMut(&Taken) -> Result<()>,
+    ) -> Result<()> {
         if tty::modes(copy.as_fd()).is_err_and(|e| e.raw_os_error() == Some(libc::EIO)) {
             return Ok(());
         }
-        let bytes = self.bytes.clone().unwrap_or_default();
-        let input = Input::decode(bytes, self.readable as usize, &self.modes);
-        input
-            .fill(copy, &self.modes)
+        tty::leave_if_background(copy.as_fd());
+        let since_readable = bytes_waiting(copy.as_fd()).context("look into", OBJECT)?;
+        let passage = Passage::new()?;
+        drain(copy, &self.modes, &passage)?;
+        let since = take_all(&passage.read)?;
+        let old = self.bytes.clone().unwrap_or_default();
+        let mut all = Input::decode(old.clone(), self.readable as usize, &self.modes);
+        let since = if self.giving && since.starts_with(&old) {
+            // Whoever began it was done with it.
+            since[old.len()..].to_vec()
+        } else if self.giving && old.starts_with(&since) {
+            Vec::new()
+        } else {
+            since
+        };
+        all.append(Input::decode(since, since_readable, &self.modes));
+        // On a full disk it is done all the same.
+        let _ = note(&Taken {
+            giving: true,
+            ..self.clone()
+        });
+        all.fill(copy, &self.modes)
             .context("give its input back to", "the terminal")
     }
 }
@@ -351,13 +437,20 @@ impl Input {
         Input { bytes, ends }
     }
 
+    fn append(&mut self, more: Input) {
+        let before = self.bytes.len() as u32;
+        self.ends.extend(more.ends.iter().map(|end| end + before));
+        self.bytes.extend(more.bytes);
+    }
+
+    /// Checks what came from a peer.
     fn check(&self) -> Result<()> {
         let ascending = self.ends.windows(2).all(|w| w[0] < w[1]);
         let inside = self
             .ends
             .last()
             .is_none_or(|&n| (n as usize) < self.bytes.len());
-        if self.bytes.len() > MAX_INPUT || !ascending || !inside {
+        if self.bytes.len() > FULL || !ascending || !inside {
             return Err(Error::bad("terminal", "has impossible input"));
         }
         Ok(())
@@ -396,11 +489,13 @@ impl Terminal {
     /// Checks what came from a peer.
     pub(super) fn check(&self) -> Result<()> {
         match &self.now {
-            Some(now) if now.modes.line != 0 => {
+            Some(now) if now.modes.is_some_and(|m| m.line != 0) => {
                 Err(Error::bad("terminal", "has a line discipline of its own"))
             }
-            Some(now) => now.input.check(),
-            None => Ok(()),
+            Some(now) if now.typed && !self.controls || now.owner.mode > 0o777 => {
+                Err(Error::bad("terminal", "is as none can be"))
+            }
+            _ => Ok(()),
         }
     }
 }
@@ -440,20 +535,33 @@ impl Made {
         Ok(fd)
     }
 
-    /// Makes it what it was; typed input is for an empty one.
+    /// Makes it what it was, but for what was typed.
     pub(super) fn set(&self, terminal: &Terminal) -> Result<()> {
         let Some(now) = &terminal.now else {
             return Ok(());
         };
         let fd = self.slave.as_fd();
         tty::set_size(fd, now.size).context("set the size of", "a terminal")?;
-        now.input
-            .fill(&self.slave, &now.modes)
-            .context("set the modes and input of", "a terminal")?;
+        if let Some(modes) = &now.modes {
+            tty::set_modes(fd, modes).context("set the modes of", "a terminal")?;
+        }
+        let owner = now.owner;
+        let (uid, gid) = (Uid::from_raw(owner.uid), Gid::from_raw(owner.gid));
+        fchown(fd, Some(uid), Some(gid)).context("give away", "a terminal")?;
+        fchmod(fd, Mode::from_bits_truncate(owner.mode)).context("give away", "a terminal")?;
         if now.exclusive {
             tty::set_exclusive(fd).context("set up", "a terminal")?;
         }
         Ok(())
+    }
+
+    /// Types in what was typed, into an empty one.
+    pub(super) fn type_in(&self, input: &Input) -> Result<()> {
+        input.check()?;
+        let modes = tty::modes(self.slave.as_fd()).context("read the modes of", "a terminal")?;
+        input
+            .fill(&self.slave, &modes)
+            .context("type into", "a terminal")
     }
 
     /// It is complete, and every description is open.
@@ -503,17 +611,46 @@ mod tests {
         assert_eq!(ends(b"a\n\0y", 4), [0u32; 0]);
     }
 
-    #[test]
-    fn whoever_holds_the_passage_gives_back_what_was_not_noted() {
-        let (master, slave) = tty::pair().unwrap();
-        nix::unistd::write(&master, b"one\ntw").unwrap();
+    fn pause() {
         std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+
+    fn unnoted(_: &Taken) -> Result<()> {
+        Ok(())
+    }
+
+    fn looked_at(slave: &OwnedFd) -> Terminal {
         let mut terminal = Terminal {
             controls: true,
             hung_up: false,
             now: None,
         };
-        look(&slave, &mut terminal, "it").unwrap();
+        let front = Control {
+            device: None,
+            foreground: true,
+        };
+        look(slave, &mut terminal, front, true, "it").unwrap();
+        terminal
+    }
+
+    /// Finishes the line, and reads all there is.
+    fn read_all(fd: &OwnedFd, master: &OwnedFd) -> Vec<Vec<u8>> {
+        fcntl(fd, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).unwrap();
+        nix::unistd::write(master, b"!\n").unwrap();
+        pause();
+        let mut reads = Vec::new();
+        let mut part = [0; 4096];
+        while let Ok(n) = read(fd, &mut part) {
+            reads.push(part[..n].to_vec());
+        }
+        reads
+    }
+
+    #[test]
+    fn whoever_holds_the_passage_gives_back_what_was_not_noted() {
+        let (master, slave) = tty::pair().unwrap();
+        nix::unistd::write(&master, b"one\ntw").unwrap();
+        pause();
         let passage = Passage::new().unwrap();
         let mut noted = None;
         let mut note = |t: &Taken| match t.bytes {
@@ -524,19 +661,54 @@ mod tests {
             // As if it died here.
             Some(_) => Err(Error::Interrupted),
         };
-        let mut now = terminal.now.unwrap();
-        take(&slave, 0, &mut now, &passage, &mut note).unwrap_err();
+        take(&slave, 0, &passage, &mut note).unwrap_err();
         let mut noted = noted.unwrap();
         assert!(noted.complete(&passage).unwrap());
         assert!(!noted.complete(&passage).unwrap());
-        noted.give_back(&slave).unwrap();
-        nix::unistd::write(&master, b"\x7fwo\n").unwrap();
-        std::thread::sleep(std::time::Duration::from_millis(20));
-        let mut part = [0; 100];
-        for expected in ["one\n", "two\n"] {
-            let n = read(&slave, &mut part).unwrap();
-            assert_eq!(&part[..n], expected.as_bytes());
-        }
+        noted.give_back(&slave, &mut unnoted).unwrap();
+        assert_eq!(read_all(&slave, &master), [&b"one\n"[..], b"tw!\n"]);
+    }
+
+    #[test]
+    fn what_was_typed_since_comes_behind_and_nothing_comes_twice() {
+        let (master, slave) = tty::pair().unwrap();
+        nix::unistd::write(&master, b"first\nsec").unwrap();
+        pause();
+        let passage = Passage::new().unwrap();
+        let mut noted = None;
+        let mut note = |t: &Taken| {
+            noted = Some(t.clone());
+            Ok(())
+        };
+        take(&slave, 0, &passage, &mut note).unwrap();
+        let taken = noted.clone().unwrap();
+        nix::unistd::write(&master, b"ond\nthi").unwrap();
+        pause();
+        let mut giving = None;
+        let mut note = |t: &Taken| {
+            giving = Some(t.clone());
+            Ok(())
+        };
+        taken.give_back(&slave, &mut note).unwrap();
+        // Whoever did so died before it was noted.
+        giving.unwrap().give_back(&slave, &mut unnoted).unwrap();
+        let expected = [&b"first\n"[..], b"second\n", b"thi!\n"];
+        assert_eq!(read_all(&slave, &master), expected);
+    }
+
+    #[test]
+    fn no_more_is_taken_than_can_be_given_back() {
+        let (master, slave) = tty::pair().unwrap();
+        let mut modes = tty::modes(slave.as_fd()).unwrap();
+        modes.local &= !(libc::ICANON | libc::ECHO);
+        tty::set_modes(slave.as_fd(), &modes).unwrap();
+        nix::unistd::write(&master, &[b'x'; 6000]).unwrap();
+        pause();
+        let passage = Passage::new().unwrap();
+        let refused = take(&slave, 0, &passage, &mut unnoted);
+        assert!(matches!(refused, Err(Error::Refused(_))), "{refused:?}");
+        let read: usize = read_all(&slave, &master).iter().map(Vec::len).sum();
+        assert_eq!(read, 6002);
     }
 
     #[test]
@@ -548,41 +720,25 @@ mod tests {
             let (master, slave) = tty::pair().unwrap();
             let modes = tty::modes(slave.as_fd()).unwrap();
             nix::unistd::write(&master, keys).unwrap();
-            std::thread::sleep(std::time::Duration::from_millis(20));
-            let mut terminal = Terminal {
-                controls: false,
-                hung_up: false,
-                now: None,
-            };
-            look(&slave, &mut terminal, "it").unwrap();
-            let mut now = terminal.now.take().unwrap();
+            pause();
+            let terminal = looked_at(&slave);
             let passage = Passage::new().unwrap();
             let mut notes = Vec::new();
             let mut note = |t: &Taken| {
                 notes.push(t.clone());
                 Ok(())
             };
-            take(&slave, 0, &mut now, &passage, &mut note).unwrap();
+            let input = take(&slave, 0, &passage, &mut note).unwrap();
             assert_eq!(bytes_waiting(slave.as_fd()).unwrap(), 0);
-            terminal.now = Some(now.clone());
             let made = Made::new(&terminal).unwrap();
+            made.type_in(&input).unwrap();
             assert_eq!(tty::modes(made.slave.as_fd()).unwrap(), modes);
-            notes.last().unwrap().give_back(&slave).unwrap();
+            let last = notes.last().unwrap();
+            last.give_back(&slave, &mut unnoted).unwrap();
 
-            let read_all = |fd: &OwnedFd, master: &OwnedFd| {
-                fcntl(fd, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).unwrap();
-                nix::unistd::write(master, b"!\n").unwrap();
-                std::thread::sleep(std::time::Duration::from_millis(20));
-                let mut reads = Vec::new();
-                let mut part = [0; 4096];
-                while let Ok(n) = read(fd, &mut part) {
-                    reads.push(part[..n].to_vec());
-                }
-                reads
-            };
             let (plain_master, plain) = tty::pair().unwrap();
             nix::unistd::write(&plain_master, keys).unwrap();
-            std::thread::sleep(std::time::Duration::from_millis(20));
+            pause();
             let expected = read_all(&plain, &plain_master);
             assert!(!expected.is_empty());
             assert_eq!(read_all(&slave, &master), expected, "{keys:?} given back");

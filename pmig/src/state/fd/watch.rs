@@ -7,8 +7,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use nix::fcntl::{fcntl, FcntlArg};
 
 use super::look::{object, still_there, Glance, Nature, ProcDir, Subject};
-use super::terminal::{self, Control, Passage, Taken, Terminal};
-use super::{claim, pipe, Description, FdTable, Holder, Kind};
+use super::terminal::{self, Control, Input, Passage, Taken, Terminal};
+use super::{claim, pipe, Description, FdTable, Holder, Kind, MAX_TERMINALS};
 use crate::error::{Context, Error, Obstacle, Result};
 use crate::state::objects::{others_with_pipes, share};
 use crate::state::paths::FilePath;
@@ -42,6 +42,8 @@ pub struct Watch {
     /// Descriptors of which only the process can say whether they are closed by
     /// execve(2): their descriptions have that flag too (`TIOCGPTPEER`).
     ambiguous: BTreeSet<i32>,
+    /// Nobody else is in its process group.
+    alone: bool,
 }
 
 /// What stands in the way of moving a process as far as its descriptors go,
@@ -88,6 +90,7 @@ impl Watch {
             seen: BTreeMap::new(),
             private: BTreeSet::new(),
             ambiguous: BTreeSet::new(),
+            alone: false,
         })
     }
 
@@ -192,13 +195,15 @@ impl Watch {
     }
 
     /// Looks once more, just before the process is stopped, whether a pipe of
-    /// its own has got another holder. The look at the freeze spares the search
+    /// its own has got another holder, and whether others of its process group
+    /// may read what is typed. The look at the freeze spares the search
     /// through all processes for pipes known to be private: what is given away
     /// between this call and the freeze goes unnoticed.
     ///
     /// # Errors
     /// Where `/proc` cannot be read.
-    pub fn recheck_pipes(&mut self) -> Result<()> {
+    pub fn recheck(&mut self) -> Result<()> {
+        self.alone = Control::is_alone(self.pid)?;
         let shared = others_with_pipes(self.pid, &self.private)?;
         self.private.retain(|ino| !shared.contains_key(ino));
         Ok(())
@@ -337,6 +342,11 @@ impl Watch {
         let mut obstacles = Vec::new();
         let mut done = vec![false; table.pipes.len()];
         let mut looked = vec![false; table.terminals.len()];
+        let typed = self.alone && readable_control(table).is_some();
+        let control = match table.terminals.is_empty() {
+            true => Control::NONE,
+            false => Control::of(self.pid)?,
+        };
         let mut first = vec![-1; table.descriptions.len()];
         for h in table.holders.iter().rev() {
             first[h.description as usize] = h.fd;
@@ -359,7 +369,7 @@ impl Watch {
                 }
                 let n = end.terminal as usize;
                 if !std::mem::replace(&mut looked[n], true) {
-                    match terminal::look(&copy, &mut table.terminals[n], &name()) {
+                    match terminal::look(&copy, &mut table.terminals[n], control, typed, &name()) {
                         Ok(()) => {}
                         Err(Error::Refused(o)) => obstacles.extend(o),
                         Err(e) => return Err(e),
@@ -409,53 +419,54 @@ impl Watch {
         Ok(())
     }
 
-    /// Takes the input that was typed for the process and not read yet, from
-    /// the terminal in whose foreground it is: it goes with it. `note` is told
-    /// how that is undone, before it is done and after; whoever holds `passage`
-    /// too can [complete](Taken::complete) what was not noted any more.
+    /// Takes the input that was typed for the process and not read yet: it goes
+    /// with it. The process must be frozen. `note` is told how that is undone,
+    /// before it is done and after; whoever holds `passage` too can
+    /// [complete](Taken::complete) what was not noted any more.
     ///
     /// # Errors
     /// Those of the terminal and of `note`. What was noted must be undone.
     pub fn take_input(
         &self,
-        table: &mut FdTable,
+        table: &FdTable,
         passage: &Passage,
         note: &mut dyn FnMut(&Taken) -> Result<()>,
-    ) -> Result<()> {
-        let Some(n) = table.terminals.iter().position(|t| t.controls) else {
-            return Ok(());
-        };
-        let Some(now) = &mut table.terminals[n].now else {
-            return Ok(());
-        };
-        if !Control::of(self.pid)?.foreground {
-            return Ok(());
-        }
-        let of_it = |h: &&Holder| {
-            let kind = &table.descriptions[h.description as usize].kind;
-            matches!(kind, Kind::Terminal(end) if end.terminal as usize == n)
-        };
-        let Some(holder) = table.holders.iter().find(of_it) else {
-            return Ok(());
-        };
-        let copy =
-            pidfd::get(self.pidfd.as_fd(), holder.fd).context("copy", self.name(holder.fd))?;
-        terminal::take(&copy, holder.fd, now, passage, note)
+    ) -> Result<Input> {
+        let fd = readable_control(table)
+            .ok_or_else(|| Error::bad("terminal", "is not open for reading"))?;
+        let copy = pidfd::get(self.pidfd.as_fd(), fd).context("copy", self.name(fd))?;
+        terminal::take(&copy, fd, passage, note)
     }
 }
 
-/// Undoes [`Watch::take_input`] for a process that stands still.
+/// A descriptor by which the controlling terminal can be read.
+fn readable_control(table: &FdTable) -> Option<i32> {
+    let n = table.terminals.iter().position(|t| t.controls)?;
+    let fits = |h: &&Holder| {
+        let d = &table.descriptions[h.description as usize];
+        let of_it = matches!(&d.kind, Kind::Terminal(end) if end.terminal as usize == n);
+        of_it && d.flags & libc::O_ACCMODE != libc::O_WRONLY
+    };
+    table.holders.iter().find(fits).map(|h| h.fd)
+}
+
+/// Undoes [`Watch::take_input`] for a process that is frozen. `note` is called
+/// before anything is done.
 ///
 /// # Errors
 /// Those of the terminal; a process that is gone needs nothing.
-pub fn give_back(pid: i32, taken: &Taken) -> Result<()> {
+pub fn give_back(
+    pid: i32,
+    taken: &Taken,
+    note: &mut dyn FnMut(&Taken) -> Result<()>,
+) -> Result<()> {
     let process = match pidfd::open(pid) {
         Err(e) if e.raw_os_error() == Some(libc::ESRCH) => return Ok(()),
         other => other.context("open a handle on", format!("process {pid}"))?,
     };
     match pidfd::get(process.as_fd(), taken.fd) {
         Err(e) if e.raw_os_error() == Some(libc::ESRCH) => Ok(()),
-        other => taken.give_back(&other.context("copy", format!("fd {}", taken.fd))?),
+        other => taken.give_back(&other.context("copy", format!("fd {}", taken.fd))?, note),
     }
 }
 
@@ -471,6 +482,14 @@ fn number_terminals(found: &mut [Found], obstacles: &mut Vec<Obstacle>) -> Vec<T
         let Kind::Terminal(end) = &mut f.kind else {
             continue;
         };
+        if index.len() == MAX_TERMINALS && !index.contains_key(&device) {
+            obstacles.push(Obstacle::new(
+                object(f.fd, &f.glance.link),
+                format!("is one of more than {MAX_TERMINALS} terminals"),
+                "let the program close some first",
+            ));
+            continue;
+        }
         end.terminal = *index.entry(device).or_insert_with(|| {
             all.push(terminal);
             all.len() as u32 - 1
