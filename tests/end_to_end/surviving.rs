@@ -41,7 +41,7 @@ fn no_room(lab: &Lab) -> Result<()> {
     let expected = unmoved(a, "iterative lines=150", &["pace_us=0"])?;
     let program = Program::start(a, "iterative lines=150")?;
     program.wait_lines(a, 5)?;
-    a.sh("mkdir -p /var/lib/pmig; mount -t tmpfs -o size=256k tmpfs /var/lib/pmig")?;
+    a.sh("mkdir -p /var/lib/pmig; mount -t tmpfs -o size=256k,mode=700 tmpfs /var/lib/pmig")?;
     let env = [
         ("PMIG_FAULT", "freeze:stall:source"),
         ("PMIG_PATIENCE_MS", "5000"),

@@ -23,6 +23,13 @@ const CLAIMS: &[Claim] = &[
 const PLAIN: &[PlainClaim] = &[
     ("a_program_goes_from_anywhere_to_anywhere", to_and_fro),
     ("several_watch_and_one_types", several),
+    ("a_terminal_keeps_its_size_and_its_owner", size_and_owner),
+    ("a_job_in_the_background_gets_plain_modes", background),
+    ("whatever_ends_at_once_says_how", at_once),
+    (
+        "a_holder_killed_on_the_way_leaves_the_program_where_it_is",
+        holder_dies,
+    ),
     ("a_terminal_outlives_pmig_serve", serve_killed),
     (
         "a_program_of_a_shell_gets_a_terminal_of_its_own",
@@ -295,6 +302,12 @@ fn to_and_fro(lab: &Lab) -> Result<()> {
     let mut here = Terminal::attach(a, program.pid)?;
     here.types("echo $r0-$r1-$r2-$r3-$r4-$r5\n")?;
     here.sees("1000-1001-1002-1003-1004-1005")?;
+    // Its clocks are its own by now, and those of what it starts.
+    here.types("p=$(pmig run -d -- sleep 1000); pmig attach --key ^e $p\n")?;
+    std::thread::sleep(Duration::from_millis(500));
+    here.types("\x05")?;
+    here.sees("[detached")?;
+    here.types("kill -9 $p\n")?;
     here.types("exit\n")?;
     here.ends().map(drop)
 }
@@ -326,6 +339,102 @@ fn several(lab: &Lab) -> Result<()> {
     two.sees("ended]")?;
     two.ends()?;
     one.ends().map(drop)
+}
+
+fn size_and_owner(lab: &Lab) -> Result<()> {
+    let code = "\
+import os, time
+os.chown(0, 65534, 5); os.fchmod(0, 0o640)
+while True:
+    node = os.fstat(0)
+    print(os.get_terminal_size(), node.st_uid, node.st_gid, oct(node.st_mode), flush=True)
+    time.sleep(0.1)
+";
+    let program = run(lab.a(), &["python3", "-c", code])?;
+    let mut here = Terminal::attach(lab.a(), program.pid)?;
+    here.resize(40, 120)?;
+    let expected = "columns=120, lines=40) 65534 5 0o20640";
+    here.sees(expected)?;
+    here.detach()?;
+    migrate(lab.a(), lab.b(), &program, "", &[])?.ok()?;
+    let pid = program.pid.to_string();
+    let mut there = Terminal::open(lab.b(), &["pmig", "attach", "--watch", &pid])?;
+    for _ in 0..60 {
+        there.sees(expected)?;
+    }
+    there.detach()?;
+    lab.b().signal(program.pid, 9)
+}
+
+fn background(lab: &Lab) -> Result<()> {
+    let a = lab.a();
+    a.write("/srv/work/slow.py", 0o644, SLOW_READER.as_bytes())?;
+    let shell = run(a, &["bash", "--norc"])?;
+    let mut here = Terminal::attach(a, shell.pid)?;
+    here.types("python3 /srv/work/slow.py & echo job $!.\n")?;
+    here.sees("\njob ")?;
+    let pid = here.sees(".")?;
+    here.sees("ready")?;
+    // Back at its prompt, bash has set its own.
+    here.types("echo at the $((1+1))nd prompt\n")?;
+    here.sees("2nd prompt")?;
+    let program = Program {
+        pid: pid.trim().parse().with_context(|| pid.clone())?,
+        argv: Vec::new(),
+        output: String::new(),
+    };
+    migrate(a, lab.b(), &program, "", &[])?.ok()?;
+    let mut there = Terminal::attach(lab.b(), program.pid)?;
+    there.types(AHEAD)?;
+    there.detach()?;
+    reads_all(lab.b(), &program)?;
+    // What was typed at the prompt stayed with the shell.
+    here.types("exit\n")?;
+    here.sees("exit")?;
+    here.types("exit\n")?;
+    here.sees("ended")?;
+    here.ends().map(drop)
+}
+
+fn at_once(lab: &Lab) -> Result<()> {
+    for _ in 0..10 {
+        let words = ["pmig", "run", "--", "sh", "-c", "echo hello; exit 3"];
+        let mut here = Terminal::open(lab.a(), &words)?;
+        here.sees("hello")?;
+        here.sees("ended with exit code 3]")?;
+        ensure!(here.ends()? == Status::Code(3));
+    }
+    Ok(())
+}
+
+/// Kills the holder that waits on b for a program that is on its way.
+fn holder_dies(lab: &Lab) -> Result<()> {
+    let (a, b) = (lab.a(), lab.b());
+    let code = "\
+import os
+x = os.urandom(300 << 20)
+print('ready', flush=True)
+while True: print('read', input(), flush=True)
+";
+    let program = run(a, &["python3", "-c", code])?;
+    let mut here = Terminal::attach(a, program.pid)?;
+    here.sees("ready")?;
+    let moved = std::thread::scope(|scope| -> Result<_> {
+        let moving = scope.spawn(|| migrate(a, b, &program, "", &[]));
+        wait("a holder on b", LIMIT, || {
+            let all = b.ps()?;
+            let holder = all
+                .iter()
+                .find(|p| p.cmdline.iter().any(|word| word == "holder"));
+            holder.map_or(Ok(false), |p| b.signal(p.pid, 9).map(|()| true))
+        })?;
+        moving.join().expect("no panic")
+    })?;
+    moved.failed(4, &["holder"])?;
+    here.types("still here\n")?;
+    here.sees("read still here")?;
+    gone(b, program.pid)?;
+    a.signal(program.pid, 9)
 }
 
 fn serve_killed(lab: &Lab) -> Result<()> {

@@ -69,7 +69,7 @@ pub fn run(args: &Run) -> u8 {
         line(&pid.to_string());
         return Exit::Done as u8;
     }
-    match holder::find(pid) {
+    match holder::find_started(pid) {
         Ok(Some(found)) => look(pid, found, false, args.key),
         // It has ended already, and nobody was told how.
         Ok(None) => Exit::Done as u8,

@@ -145,14 +145,25 @@ pub struct Holder {
 /// # Errors
 /// Those of the folder; none where the program has no holder.
 pub fn find(pid: i32) -> Result<Option<Holder>> {
+    match journal::start_of(pid) {
+        Err(Error::Gone(_)) => Ok(None),
+        start => find_by(pid, Some(start?)),
+    }
+}
+
+/// The same of a program that was just started, and may have ended.
+///
+/// # Errors
+/// As [`find`].
+pub fn find_started(pid: i32) -> Result<Option<Holder>> {
+    find_by(pid, None)
+}
+
+fn find_by(pid: i32, start: Option<u64>) -> Result<Option<Holder>> {
     let path = folder();
     let entries = match fs::read_dir(&path) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
         entries => entries.context("list", path.display())?,
-    };
-    let start = match journal::start_of(pid) {
-        Err(Error::Gone(_)) => return Ok(None),
-        start => start?,
     };
     for entry in entries.flatten() {
         let name = entry.file_name();
@@ -176,7 +187,9 @@ pub fn find(pid: i32) -> Result<Option<Holder>> {
                 pid: p,
                 start: s,
                 terminals,
-            }) if (p, s) == (pid, start) => return Ok(Some(Holder { line, terminals })),
+            }) if p == pid && start.is_none_or(|start| start == s) => {
+                return Ok(Some(Holder { line, terminals }))
+            }
             _ => {}
         }
     }
