@@ -12,7 +12,7 @@ use crate::wire::{Cmd, Status};
 use anyhow::{bail, ensure, Context, Result};
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
@@ -49,6 +49,10 @@ const LAZY: u16 = 7803;
 
 /// Where images lie: in memory.
 const DIRECTORY: &str = "/dev/shm/peer";
+/// Where a host with this machine's programs has CRIU, and what it runs with.
+const OWN: &str = "/tmp/criu";
+const LIBRARIES: &str = "x86_64-linux-gnu";
+const LOADER: &str = "ld-linux-x86-64.so.2";
 /// What the target says.
 const LOG: &str = "/tmp/peer.log";
 /// How long one move may take.
@@ -87,9 +91,12 @@ impl Criu {
     pub fn new(make: Make, hosts: [&dyn Host; 2]) -> Result<Self> {
         let program = match make {
             Make::Vm => "criu".to_owned(),
-            Make::Netns => unpacked()?,
+            Make::Netns => format!("{OWN}/{LOADER} --library-path {OWN} {OWN}/criu"),
         };
         for host in hosts {
+            if make == Make::Netns {
+                install(host)?;
+            }
             let said = host.exec(&Cmd::shell(&format!("{program} check")))?;
             if !said.status.success() {
                 let why = format!("criu check on {make}: {}{}", said.out(), said.err());
@@ -263,34 +270,56 @@ pub fn tick(means: Means, criu: Option<&Criu>, mover: &mut Mover) -> Result<Move
     })
 }
 
-/// The command for the CRIU of the machines' disk, on this machine: with the
-/// libraries it is made for.
-fn unpacked() -> Result<String> {
-    let image = Image::get(&|what| eprintln!("{what}"))
+/// Puts the CRIU of the machines' disk on a host that has this machine's own
+/// programs, with the libraries it is made for.
+fn install(host: &dyn Host) -> Result<()> {
+    if host.sh(&format!("test -e {OWN}/criu")).is_ok() {
+        return Ok(());
+    }
+    host.sh(&format!("mkdir -p {OWN}"))?;
+    let directory = unpacked()?;
+    let libraries = directory.join(LIBRARIES);
+    let listed = Command::new(libraries.join(LOADER))
+        .arg("--library-path")
+        .arg(&libraries)
+        .arg("--list")
+        .arg(directory.join("criu"))
+        .output()
+        .context("list the libraries of criu")?;
+    let listed = String::from_utf8_lossy(&listed.stdout).into_owned();
+    let names = listed
+        .lines()
+        .filter_map(|line| line.split_whitespace().next());
+    let mut needed: Vec<&str> = names.filter(|name| name.starts_with("lib")).collect();
+    needed.push(LOADER);
+    for name in needed {
+        host.push(&libraries.join(name), &format!("{OWN}/{name}"))?;
+    }
+    host.push(&directory.join("criu"), &format!("{OWN}/criu"))
+}
+
+/// Where the CRIU of the machines' disk and its libraries lie on this machine.
+fn unpacked() -> Result<PathBuf> {
+    let say = |what: &str| eprintln!("{what}");
+    let image = Image::get(&say)
         .map_err(|e| CannotHere(format!("the machines' disk, which has criu: {e:#}")))?;
-    crate::tools::need(&["mke2fs"], &|what| eprintln!("{what}"))?;
+    crate::tools::need(&["mke2fs"], &say)?;
     let directory = image.directory().join("peer");
-    let (program, libraries) = (directory.join("criu"), directory.join("lib"));
+    let program = directory.join("criu");
     if !program.exists() {
-        fs::create_dir_all(&libraries)
-            .with_context(|| format!("create {}", libraries.display()))?;
+        fs::create_dir_all(&directory)
+            .with_context(|| format!("create {}", directory.display()))?;
         let disk = image.directory().join("disk");
         let new = directory.join("criu.new");
         debugfs(
             &disk,
-            &format!("rdump /usr/lib/x86_64-linux-gnu {}", libraries.display()),
+            &format!("rdump /usr/lib/{LIBRARIES} {}", directory.display()),
         )?;
         debugfs(&disk, &format!("dump /usr/sbin/criu {}", new.display()))?;
         fs::set_permissions(&new, fs::Permissions::from_mode(0o755))?;
         fs::rename(&new, &program)?;
     }
-    let libraries = libraries.join("x86_64-linux-gnu");
-    Ok(format!(
-        "{}/ld-linux-x86-64.so.2 --library-path {} {}",
-        libraries.display(),
-        libraries.display(),
-        program.display()
-    ))
+    Ok(directory)
 }
 
 fn debugfs(disk: &Path, what: &str) -> Result<()> {

@@ -20,7 +20,7 @@ pub(super) fn of_terminals(pid: i32, table: &FdTable) -> Result<Vec<String>> {
     }
     if holder::find(pid)?.is_some_and(|h| h.terminals > 0) {
         return Ok(vec![format!(
-            "its terminal goes along, with what it shows; pmig attach {pid} where it is then"
+            "its terminal goes along, with what it shows: pmig attach {pid} there"
         )]);
     }
     // Who leads the session that the terminal belongs to.
@@ -30,6 +30,6 @@ pub(super) fn of_terminals(pid: i32, table: &FdTable) -> Result<Vec<String>> {
         _ => "here".to_owned(),
     };
     Ok(vec![format!(
-        "its terminal stays {whose}, and it gets a new one; pmig attach {pid} where it is then"
+        "its terminal stays {whose}, and it gets a new one: pmig attach {pid} there"
     )])
 }
