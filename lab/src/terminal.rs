@@ -13,7 +13,7 @@ use std::sync::mpsc::{channel, Sender};
 use std::thread::{self, JoinHandle};
 
 /// How long something may take to be seen, in ms.
-const PATIENCE: u64 = 30_000;
+const PATIENCE: u64 = 60_000;
 /// The size of the terminal at first.
 const SIZE: (u16, u16) = (24, 80);
 /// Control and `]`, which leaves `pmig attach`.

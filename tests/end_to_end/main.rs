@@ -6,6 +6,7 @@
 mod dumping;
 #[path = "../faults/mod.rs"]
 mod faults;
+mod holders;
 mod hosts;
 mod listing;
 mod moving;
@@ -23,6 +24,7 @@ fn main() -> ExitCode {
     trials.extend(listing::trials());
     trials.extend(dumping::trials());
     trials.extend(terminals::trials());
+    trials.extend(holders::trials());
     trials.extend(refusing::trials());
     trials.extend(surviving::trials());
     trials.extend(faults::trials());

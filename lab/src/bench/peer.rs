@@ -148,8 +148,10 @@ impl Criu {
         let log = String::from_utf8_lossy(&to.read(LOG)?).into_owned();
         let went = ended.is_ok() && sent.status.success() && status == Some(Status::Code(0));
         if !went {
-            let logs =
-                format!("tail -n 5 {DIRECTORY}/*.log 2>/dev/null; pkill criu; rm -rf {DIRECTORY}");
+            let logs = format!(
+                "tail -n 5 {DIRECTORY}/*.log 2>/dev/null; \
+                 pkill -9 -f '[c]riu (dump|restore|page-server|lazy-pages)'; rm -rf {DIRECTORY}"
+            );
             let logs = [from, to].map(|host| host.sh(&logs).unwrap_or_default());
             let words = format!("{}{log}{}", sent.err(), logs.concat());
             let limit = LIMITS.iter().find_map(|limit| {

@@ -57,7 +57,11 @@ fn title(make: Make, mode: &str) -> String {
         Make::Netns => "two sets of namespaces",
         Make::Vm => "two emulated machines",
     };
-    format!("a {mode} program between {hosts}")
+    let program = match mode {
+        "hot" => "a program that keeps writing to the same 64 pages",
+        _ => "a program that writes all over its memory",
+    };
+    format!("{program}, between {hosts}")
 }
 
 /// The power of ten next to a value.

@@ -6,6 +6,7 @@
 //! whoever comes later repeats the thaw.
 
 mod files;
+mod holder;
 mod rehearse;
 
 use std::collections::BTreeMap;
@@ -31,7 +32,7 @@ use crate::protocol::Wire;
 use crate::state::clock::{Namespace, Reading};
 use crate::state::fd::{FdTable, Opened, Shape, Whose};
 use crate::state::memory::{Kernel, Layout};
-use crate::state::pcb::{self, Backend, Fresh, MachineFacts, Pcb, PcbChoice};
+use crate::state::pcb::{self, Backend, Fresh, MachineFacts, PcbChoice};
 use crate::state::restart::ProgramClock;
 use crate::sys::memory::keep_in;
 use crate::sys::pidfd;
@@ -495,28 +496,6 @@ impl Building {
             (Some(holder), false, Shape::Changed) => holder.give(record.pid, record.id, &terminals),
             _ => Ok(()),
         }
-    }
-
-    /// Without it the program's terminals would hang up as soon as it runs.
-    fn holder_lives(&self) -> Result<()> {
-        let needed = !self.descriptors.masters().is_empty();
-        match &self.holder {
-            Some(holder) if needed && !holder.is_there() => Err(Error::bad(
-                "the program's holder",
-                "died before the program could run",
-            )),
-            _ => Ok(()),
-        }
-    }
-
-    /// What is to be sent a signal at its parent's end has one that does not
-    /// end, unless it would be hung up then anyway.
-    fn find_parent(&mut self, pcb: &Pcb) -> Result<()> {
-        if pcb.attributes.parent_death_signal == 0 || !self.descriptors.masters().is_empty() {
-            return Ok(());
-        }
-        let pid = self.record.record().pid;
-        self.holder.take().map_or(Ok(()), |h| h.leave(pid))
     }
 
     /// Says that all is ready, and waits for the order.

@@ -12,6 +12,7 @@ mod opened;
 mod pipe;
 mod regular;
 mod terminal;
+mod typed;
 mod unknown;
 mod watch;
 
@@ -29,7 +30,8 @@ pub use install::{Installation, Whose};
 pub use opened::{Opened, Shape};
 pub use pipe::{Pipe, PipeEnd};
 pub use regular::Regular;
-pub use terminal::{Input, Passage, Taken, Terminal, TerminalEnd};
+pub use terminal::{Terminal, TerminalEnd};
+pub use typed::{Input, Passage, Taken};
 pub use watch::{give_back, preflight, Beat, Watch};
 
 use crate::error::{Context, Error, Obstacle, Result};

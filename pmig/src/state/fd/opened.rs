@@ -6,7 +6,8 @@ use std::os::fd::OwnedFd;
 
 use nix::sys::resource::{getrlimit, setrlimit, Resource};
 
-use super::terminal::{self, Input, Made};
+use super::terminal::{self, Made};
+use super::typed::Input;
 use super::{device, directory, pipe, regular, Description, FdTable, Kind};
 use crate::error::{Context, Error, Result};
 use crate::state::objects::Opener;

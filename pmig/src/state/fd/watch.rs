@@ -7,7 +7,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use nix::fcntl::{fcntl, FcntlArg};
 
 use super::look::{object, still_there, Glance, Nature, ProcDir, Subject};
-use super::terminal::{self, Control, Input, Passage, Taken, Terminal};
+use super::terminal::{self, Control, Terminal};
+use super::typed::{self, Input, Passage, Taken};
 use super::{claim, pipe, Description, FdTable, Holder, Kind, MAX_TERMINALS};
 use crate::error::{Context, Error, Obstacle, Result};
 use crate::state::objects::{others_with_pipes, share};
@@ -435,7 +436,7 @@ impl Watch {
         let fd = readable_control(table)
             .ok_or_else(|| Error::bad("terminal", "is not open for reading"))?;
         let copy = pidfd::get(self.pidfd.as_fd(), fd).context("copy", self.name(fd))?;
-        terminal::take(&copy, fd, passage, note)
+        typed::take(&copy, fd, passage, note)
     }
 }
 
