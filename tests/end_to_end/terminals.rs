@@ -235,10 +235,18 @@ fn slow_reader(host: &dyn Host) -> Result<Program> {
     Ok(program)
 }
 
+/// Waits until who looks at a program hands on every key as it is: by what is
+/// shown that cannot be seen.
+fn raw(host: &dyn Host) -> Result<()> {
+    let raw = "for p in $(pgrep -x pmig); do stty -a < /proc/$p/fd/0; done 2>/dev/null \
+               | grep -q -- -icanon";
+    wait("the terminal to be raw", LIMIT, || Ok(host.sh(raw).is_ok()))
+}
+
 /// The rest is typed, and it reads.
 fn reads_all(host: &dyn Host, program: &Program) -> Result<()> {
     let mut there = Terminal::attach(host, program.pid)?;
-    there.sees("e")?;
+    raw(host)?;
     // The unfinished line can still be corrected.
     there.types("x\x7fe\n")?;
     host.write("/srv/work/read", 0o644, b"")?;
@@ -339,12 +347,7 @@ fn background(lab: &Lab) -> Result<()> {
     };
     migrate(a, lab.b(), &program, "", &[])?.ok()?;
     let mut there = Terminal::attach(lab.b(), program.pid)?;
-    // Nothing is shown by which it could be seen that it hands on every key.
-    let raw = "for p in $(pgrep -x pmig); do stty -a < /proc/$p/fd/0; done 2>/dev/null \
-               | grep -q -- -icanon";
-    wait("the terminal to be raw", LIMIT, || {
-        Ok(lab.b().sh(raw).is_ok())
-    })?;
+    raw(lab.b())?;
     there.types(AHEAD)?;
     std::thread::sleep(Duration::from_millis(200));
     there.detach()?;
