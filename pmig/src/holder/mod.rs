@@ -38,6 +38,10 @@ pub const MAX_KEYS: usize = 4096;
 /// How long a holder may take to answer.
 const PATIENCE: Duration = Duration::from_secs(5);
 
+/// How long it may take to tell what its terminals show: whoever waits for that
+/// waits for signals that were sent to the program too.
+const PICTURE: Duration = Duration::from_secs(1);
+
 /// How long a holder may take to let people in when its program runs.
 const SOON: Duration = Duration::from_secs(1);
 
@@ -231,6 +235,7 @@ impl Holder {
     /// # Errors
     /// The holder is gone, or does not answer.
     pub fn pictures(&mut self) -> Result<Vec<Picture>> {
+        self.line.set_patience(Some(PICTURE))?;
         self.line.say(&Ask::Pictures)?;
         match self.line.hear()? {
             Said::Pictures(all) => Ok(all),

@@ -439,9 +439,9 @@ impl<'a> Run<'a> {
             offset: ahead.monotonic,
         };
         self.wire.set_deadline(patience(FROZEN_PATIENCE))?;
-        b.keeper.stopped()?;
         // What is typed now waits with the holder.
         self.holder.as_mut().map_or(Ok(()), Holder::hold)?;
+        b.keeper.stopped()?;
         self.lap = Instant::now();
         self.laps = Laps::new();
         let before = self.wire.sent;

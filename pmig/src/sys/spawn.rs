@@ -241,14 +241,7 @@ pub fn on_terminal(command: &mut Command, terminal: &OwnedFd) -> io::Result<()> 
     // with threads, on numbers and memory of the closure's own.
     unsafe {
         command.pre_exec(|| {
-            let none = 0u64;
-            libc::syscall(
-                libc::SYS_rt_sigprocmask,
-                libc::SIG_SETMASK,
-                &raw const none,
-                0usize,
-                8usize,
-            );
+            unblock_signals();
             if libc::setsid() < 0 || libc::ioctl(0, libc::TIOCSCTTY, 0) < 0 {
                 return Err(io::Error::last_os_error());
             }
@@ -263,6 +256,21 @@ pub fn on_terminal(command: &mut Command, terminal: &OwnedFd) -> io::Result<()> 
 pub fn heed_children() {
     // SAFETY: the default action runs no code of ours.
     unsafe { libc::signal(libc::SIGCHLD, libc::SIG_DFL) };
+}
+
+/// Blocks no signal. May be called between clone(2) and execve(2).
+fn unblock_signals() {
+    let none = 0u64;
+    // SAFETY: the kernel reads eight bytes of a live number.
+    unsafe {
+        libc::syscall(
+            libc::SYS_rt_sigprocmask,
+            libc::SIG_SETMASK,
+            &raw const none,
+            0usize,
+            8usize,
+        );
+    }
 }
 
 /// How a child ended, as wait(2) says it; none while it lives.
@@ -303,14 +311,7 @@ unsafe fn child(image: i32, gate: i32) -> ! {
     // SAFETY: raw system calls on descriptors and memory of this process.
     unsafe {
         libc::syscall(libc::SYS_setsid);
-        let none = 0u64;
-        libc::syscall(
-            libc::SYS_rt_sigprocmask,
-            libc::SIG_SETMASK,
-            &raw const none,
-            0usize,
-            8usize,
-        );
+        unblock_signals();
         let mut byte = 0u8;
         libc::syscall(libc::SYS_read, gate, &raw mut byte, 1usize);
         // Only the image stays until the exec, which closes it too.
