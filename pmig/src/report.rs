@@ -45,6 +45,8 @@ pub enum Event {
     Round(Round),
     /// A round of the copy is over.
     RoundEnded(Round),
+    /// While memory follows that stayed behind, a few times a second.
+    Fill(Filling),
     /// Something a person should know that does not end the migration: a value
     /// that cannot be carried exactly, a slower backend than there might be.
     Note { text: String },
@@ -106,6 +108,21 @@ pub struct Round {
     pub eta: Option<Duration>,
 }
 
+/// Where memory stands that stayed behind at the freeze.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Filling {
+    /// Bytes that followed, and that there were.
+    pub bytes: u64,
+    pub of: u64,
+    #[serde(rename = "elapsed_ms", with = "millis")]
+    pub elapsed: Duration,
+    /// Bytes per second so far.
+    pub rate: u64,
+    /// Until nothing is missing.
+    #[serde(rename = "eta_ms", with = "millis::option")]
+    pub eta: Option<Duration>,
+}
+
 /// The freeze in its parts.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub struct Freeze {
@@ -157,6 +174,12 @@ pub struct Summary {
     /// Over the wire, frames included.
     pub bytes_sent: u64,
     pub rounds: u32,
+    /// Bytes that stayed behind at the freeze, and how long after the resume the
+    /// last of them followed.
+    #[serde(default)]
+    pub left_behind: u64,
+    #[serde(rename = "filled_ms", with = "millis::option", default)]
+    pub filled: Option<Duration>,
     pub freeze: Freeze,
 }
 
@@ -276,6 +299,8 @@ mod tests {
             total: Duration::from_secs(13),
             bytes_sent: 361_000_000,
             rounds: 2,
+            left_behind: 0,
+            filled: None,
             freeze,
         });
         let line = serde_json::to_string(&event).unwrap();

@@ -155,9 +155,14 @@ fn lines(event: &Event) -> Vec<String> {
             }
             vec![row(&name, &what, &took)]
         }
+        Event::Ended {
+            phase: Phase::Fill,
+            what,
+            elapsed,
+        } => vec![row("fill", what, &time(*elapsed))],
         Event::Note { text } => vec![row("note", &printable(text), "")],
         Event::Done(summary) => done(summary),
-        Event::Phase { .. } | Event::Ended { .. } | Event::Round(_) | Event::Failed { .. } => {
+        Event::Phase { .. } | Event::Ended { .. } | Event::Round(_) | Event::Fill(_) | Event::Failed { .. } => {
             Vec::new()
         }
     }
@@ -369,6 +374,8 @@ mod tests {
                 total: ms(13_400),
                 bytes_sent: 361_000_000,
                 rounds: 2,
+                left_behind: 0,
+                filled: None,
                 freeze,
             }),
         ];

@@ -38,6 +38,8 @@ impl Run<'_> {
             total: begun.elapsed(),
             bytes_sent: self.wire.sent,
             rounds: self.rounds,
+            left_behind: self.left_behind,
+            filled: None,
             freeze: self.freeze.clone(),
         }
     }
