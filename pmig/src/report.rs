@@ -60,6 +60,9 @@ pub enum Event {
         /// One of the names of [`Outcome`].
         outcome: String,
         exit_code: u8,
+        /// How long it stood still, where it runs on here and was stopped.
+        #[serde(rename = "stopped_ms", with = "millis::option", default)]
+        stopped: Option<Duration>,
     },
 }
 
@@ -126,10 +129,17 @@ pub struct Filling {
 /// The freeze in its parts.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub struct Freeze {
+    /// When it began, from the command on.
+    #[serde(rename = "at_ms", with = "millis", default)]
+    pub at: Duration,
     /// First thread stopped at the source to the target's word that it resumed
     /// the last, by the source's clock.
     #[serde(rename = "total_ms", with = "millis")]
     pub total: Duration,
+    /// How wrong the total may be: as far as the two machines' clocks could not
+    /// be compared.
+    #[serde(rename = "clock_error_ms", with = "millis::option", default)]
+    pub clock_error: Option<Duration>,
     pub pages: u64,
     /// Bytes that crossed the wire within it.
     pub bytes: u64,

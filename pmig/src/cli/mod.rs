@@ -7,6 +7,7 @@ mod inspect;
 mod machine;
 mod migrate;
 mod output;
+mod page;
 mod ps;
 mod resolve;
 mod restore;
@@ -168,9 +169,20 @@ pub struct Migrate {
     insecure: Insecure,
     #[command(flatten)]
     how: How,
+    #[command(flatten)]
+    report: Report,
     /// Print every event as a line of JSON.
     #[arg(long)]
     json: bool,
+}
+
+/// Where the page about it goes.
+#[derive(Debug, Args)]
+pub struct Report {
+    /// Write a page about how it went, for a browser or for paper, in place of
+    /// a file of that name: what took how long, and where the program is.
+    #[arg(long = "report", value_name = "FILE.html")]
+    file: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]
@@ -188,6 +200,8 @@ pub struct Dump {
     leave_running: bool,
     #[command(flatten)]
     capture: Capture,
+    #[command(flatten)]
+    report: Report,
     /// Print every event as a line of JSON.
     #[arg(long)]
     json: bool,

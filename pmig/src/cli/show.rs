@@ -216,7 +216,8 @@ fn done(s: &Summary) -> Vec<String> {
     ]
 }
 
-fn end(s: &Summary) -> String {
+/// What became of the program, in one line.
+pub fn end(s: &Summary) -> String {
     let (to, pid, took, sent) = (printable(&s.to), s.pid, time(s.total), size(s.bytes_sent));
     match s.end {
         End::Moved => format!("running on {to} as {pid}, {took} after you asked; {sent} sent"),

@@ -21,6 +21,10 @@ impl Run<'_> {
     pub(super) fn summary(&mut self, id: String, begun: Instant, at: Option<Reading>) -> Summary {
         if let Some(at) = at {
             self.freeze.total = self.stood_still(at);
+            self.freeze.at = begun
+                .elapsed()
+                .saturating_sub(self.stood_still(Reading::now()));
+            self.freeze.clock_error = Some(Duration::from_nanos(self.difference.error() as u64));
             let known: Duration = self.freeze.parts.iter().map(|p| p.time).sum();
             self.freeze
                 .add("resume", self.freeze.total.saturating_sub(known));
