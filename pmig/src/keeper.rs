@@ -328,9 +328,9 @@ fn finish(armed: &Armed, call: &Call, phase: Phase) -> Result<Now> {
     let place = match &now {
         Now::RunsHere => format!("{pid} runs on here"),
         Now::Moved => format!("{pid} {there}"),
-        Now::Serving => format!(
-            "{pid} {there}; the part of its memory that is here still goes on being sent"
-        ),
+        Now::Serving => {
+            format!("{pid} {there}; the part of its memory that is here still goes on being sent")
+        }
         Now::Ended => format!("{pid} has ended"),
         Now::Held { why } => format!(
             "{pid} is held here, frozen and intact: {why}; see pmig resolve {}",

@@ -45,6 +45,9 @@ pub enum Event {
     Round(Round),
     /// A round of the copy is over.
     RoundEnded(Round),
+    /// It runs at the target, and memory that stayed behind is about to follow; where
+    /// none did, [`Event::Done`] says so.
+    Resumed(Freeze),
     /// While memory follows that stayed behind, a few times a second.
     Fill(Filling),
     /// Something a person should know that does not end the migration: a value

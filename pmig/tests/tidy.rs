@@ -50,8 +50,24 @@ const MAP: &[(&str, &[&str])] = &[
         &["id", "image", "journal", "proc", "protocol", "sys"],
     ),
     (
+        "fill",
+        &[
+            "fault",
+            "hold",
+            "id",
+            "journal",
+            "patience",
+            "phase",
+            "protocol",
+            "state",
+            "sys",
+            "transport",
+        ],
+    ),
+    (
         "resolve",
         &[
+            "fill",
             "state",
             "checkpoint",
             "hold",
@@ -64,7 +80,7 @@ const MAP: &[(&str, &[&str])] = &[
     (
         "keeper",
         &[
-            "sys", "state", "fault", "id", "patience", "phase", "journal", "resolve",
+            "fill", "sys", "state", "fault", "id", "patience", "phase", "journal", "resolve",
         ],
     ),
     (
@@ -73,6 +89,7 @@ const MAP: &[(&str, &[&str])] = &[
             "checkpoint",
             "claim",
             "fault",
+            "fill",
             "hold",
             "holder",
             "husk",
@@ -99,6 +116,7 @@ const MAP: &[(&str, &[&str])] = &[
         "target",
         &[
             "fault",
+            "fill",
             "hold",
             "holder",
             "husk",

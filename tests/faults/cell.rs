@@ -182,11 +182,6 @@ impl<'a> Cell<'a> {
         Ok(program)
     }
 
-    /// Starts to move the program to b.
-    pub fn migrate(&self, program: Program, env: &[(&str, &str)]) -> Result<Moving> {
-        self.migrate_to(program, &self.address(), env)
-    }
-
     /// Starts to move the program to an address.
     pub fn migrate_to(
         &self,

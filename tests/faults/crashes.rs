@@ -28,6 +28,22 @@ const CLAIMS: &[Claim] = &[
         "pmig_and_keeper_dead_before_the_answer_resolve_finds_it_moved",
         |cell| both_die(cell, "Committed", "resolve", "b"),
     ),
+    (
+        "a_guard_of_missing_memory_that_dies_is_replaced",
+        guard_dies,
+    ),
+    (
+        "a_filler_that_dies_is_replaced_while_the_program_stands_still",
+        filler_dies,
+    ),
+    (
+        "memory_goes_on_following_by_any_command_when_pmig_and_keeper_are_dead",
+        nobody_serves,
+    ),
+    (
+        "missing_memory_that_nobody_holds_any_more_is_never_read",
+        nobody_holds,
+    ),
     ("another_vdso_is_refused_by_name", |cell| {
         misfit(cell, &["vdso"], |hello| {
             hello.preview.kernel.vdso[0] ^= 1;
@@ -74,9 +90,122 @@ fn held(
     };
     let proxy = cell.proxy(hook)?;
     let program = cell.start()?;
-    let moving = cell.migrate_to(program, &proxy.address(), &[])?;
+    let mode = if kind == "Piece" { "post" } else { "auto" };
+    let address = format!("{} --mode {mode}", proxy.address());
+    let moving = cell.migrate_to(program, &address, &[])?;
     gate.reached()?;
     Ok((proxy, program, moving))
+}
+
+/// A program that runs on b and waits for its memory, which stands at a gate.
+fn filling(cell: &Cell, gate: &Gate) -> Result<(Proxy, Program, Moving)> {
+    held(cell, "Piece", gate, Act::Wait)
+}
+
+/// Processes of pmig's on b that do `what` for this cell's migration.
+fn workers(cell: &Cell, what: &str) -> Result<Vec<u32>> {
+    let ids = cell.b.sh(&format!("ls {}/target", cell.state()))?;
+    let its = |words: &[String]| {
+        let role = words.get(1).is_some_and(|word| word == what);
+        role && (what != "guard" || words.get(2).is_some_and(|id| id == ids.trim()))
+    };
+    let all = cell.b.ps()?.into_iter();
+    Ok(all.filter(|p| its(&p.cmdline)).map(|p| p.pid).collect())
+}
+
+fn guard_dies(cell: &Cell) -> Result<()> {
+    let server = cell.serve_shared()?;
+    let gate = Gate::default();
+    let (_proxy, program, moving) = filling(cell, &gate)?;
+    let first = workers(cell, "guard")?;
+    ensure!(first.len() == 1, "{first:?}");
+    cell.b.signal(first[0], 9)?;
+    cell.b.wait_for("another guard", LIMIT, &mut || {
+        let now = workers(cell, "guard")?;
+        Ok(now.iter().any(|pid| *pid != first[0]))
+    })?;
+    gate.open();
+    let said = ended(cell, moving)?;
+    ensure!(said.code() == Some(0), "{said:?}");
+    ensure!(cell.finish(program)?.name() == "b");
+    cell.clean(LIMIT)?;
+    cell.b.signal(server, 9)
+}
+
+/// The session of this cell's migration: the guard's parent.
+fn session(cell: &Cell) -> Result<u32> {
+    let guard = workers(cell, "guard")?;
+    let guard = guard.first().context("there is no guard")?;
+    let parent = cell
+        .b
+        .sh(&format!("awk '/^PPid/ {{print $2}}' /proc/{guard}/status"))?;
+    Ok(parent.trim().parse()?)
+}
+
+fn filler_dies(cell: &Cell) -> Result<()> {
+    let server = cell.serve_shared()?;
+    let gate = Gate::default();
+    let (_proxy, program, moving) = filling(cell, &gate)?;
+    cell.b.signal(session(cell)?, 9)?;
+    gate.open();
+    let said = ended(cell, moving)?;
+    ensure!(said.code() == Some(0), "{said:?}");
+    ensure!(cell.finish(program)?.name() == "b");
+    cell.clean(LIMIT)?;
+    cell.b.signal(server, 9)
+}
+
+fn nobody_serves(cell: &Cell) -> Result<()> {
+    let server = cell.serve_shared()?;
+    let gate = Gate::default();
+    let (_proxy, program, moving) = filling(cell, &gate)?;
+    for process in cell.a.ps()? {
+        if process.cmdline.iter().any(|word| word == "keeper") {
+            cell.a.signal(process.pid, 9)?;
+        }
+    }
+    cell.a.signal(moving.pid, 9)?;
+    gate.open();
+    cell.a.exec(&cell.pmig("check", &[]))?;
+    ensure!(cell.finish(program)?.name() == "b");
+    cell.clean(LIMIT)?;
+    cell.b.signal(server, 9)
+}
+
+fn nobody_holds(cell: &Cell) -> Result<()> {
+    let server = cell.serve_shared()?;
+    let gate = Gate::default();
+    let (_proxy, program, moving) = filling(cell, &gate)?;
+    // Stopped, so that neither outlives the other long enough to act.
+    let (guard, session) = (workers(cell, "guard")?, session(cell)?);
+    for pid in guard.iter().chain([&session]) {
+        cell.b.signal(*pid, 19)?;
+    }
+    // As the guard would do.
+    let stop = format!(
+        "for d in $(find /sys/fs/cgroup -name '*-target' -path '*pmig*'); do
+             grep -q '^{}$' $d/cgroup.procs && echo 1 > $d/cgroup.freeze
+         done; :",
+        program.pid
+    );
+    cell.b.sh(&stop)?;
+    for pid in guard.iter().chain([&session]) {
+        cell.b.signal(*pid, 9)?;
+    }
+    gate.open();
+    // Whatever is said and done on either machine, it does not run again.
+    let said = ended(cell, moving)?;
+    ensure!(said.code() == Some(1), "{said:?}");
+    cell.b.exec(&cell.pmig("check", &[]))?;
+    cell.a.exec(&cell.pmig("check", &[]))?;
+    let before = cell.output(cell.b)?;
+    std::thread::sleep(Duration::from_millis(300));
+    ensure!(
+        cell.output(cell.b)? == before,
+        "it went on without its memory"
+    );
+    cell.b.signal(program.pid, 9)?;
+    cell.b.signal(server, 9)
 }
 
 fn ended(cell: &Cell, moving: Moving) -> Result<Said> {

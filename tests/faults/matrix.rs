@@ -14,7 +14,9 @@ const AT_ONCE: usize = 3;
 
 pub fn trials() -> Vec<Trial> {
     let mut trials = Vec::new();
-    for phase in Phase::ALL {
+    let before = Phase::ALL.map(|phase| (phase, MODE));
+    let after = [Phase::Ready, Phase::Commit].map(|phase| (phase, POST));
+    for (phase, mode) in before.into_iter().chain(after) {
         for (kind, role) in kinds_and_roles() {
             let cell = name(phase, kind, role);
             let fault = Fault {
@@ -22,12 +24,15 @@ pub fn trials() -> Vec<Trial> {
                 kind: kind.1,
                 role: role.1,
             };
+            let how = if mode == POST { "_of_post_copy" } else { "" };
             let claim = format!(
-                "faults::{}_{}_at_{phase}_leaves_the_program_whole_in_one_place",
+                "faults::{}_{}_at_{phase}{how}_leaves_the_program_whole_in_one_place",
                 done_to(kind.1),
                 role.0
             );
-            let trial = Trial::new(Make::Netns, claim, move |lab| try_fault(lab, &cell, fault));
+            let trial = Trial::new(Make::Netns, claim, move |lab| {
+                try_fault(lab, &cell, fault, mode)
+            });
             trials.push(trial.bare());
         }
     }
@@ -40,6 +45,10 @@ pub fn trials() -> Vec<Trial> {
 }
 
 type Named<T> = (&'static str, T);
+
+/// How memory travels, where the phase does not say so.
+const MODE: &str = "auto";
+const POST: &str = "post";
 
 fn kinds_and_roles() -> impl Iterator<Item = (Named<Kind>, Named<Role>)> {
     let kinds = Kind::ALL.into_iter();
@@ -73,7 +82,7 @@ fn all_faults(lab: &Lab, phase: Phase) -> Result<()> {
                     role: role.1,
                 };
                 let cell = name(phase, kind, role);
-                if let Err(e) = try_fault(lab, &cell, fault) {
+                if let Err(e) = try_fault(lab, &cell, fault, MODE) {
                     if let Ok(mut wrong) = wrong.lock() {
                         wrong.push(format!("{cell}: {e:#}"));
                     }
@@ -86,18 +95,24 @@ fn all_faults(lab: &Lab, phase: Phase) -> Result<()> {
     Ok(())
 }
 
-fn try_fault(lab: &Lab, name: &str, fault: Fault) -> Result<()> {
-    let cell = Cell::new(lab, name)?;
+fn try_fault(lab: &Lab, name: &str, fault: Fault, mode: &str) -> Result<()> {
+    let mode = if fault.phase == Phase::Fill {
+        POST
+    } else {
+        mode
+    };
+    let cell = Cell::new(lab, &format!("{name}-{mode}"))?;
     let mut context = String::new();
-    let tried = meet(&cell, name, fault, &mut context);
+    let tried = meet(&cell, (name, mode), fault, &mut context);
     tried.with_context(|| format!("{name}: {context}\nlogs: {}", cell.log()))
 }
 
-fn meet(cell: &Cell, name: &str, fault: Fault, context: &mut String) -> Result<()> {
+fn meet(cell: &Cell, (name, mode): (&str, &str), fault: Fault, context: &mut String) -> Result<()> {
     let env = [("PMIG_FAULT", name)];
     let server = cell.serve(&env)?;
     let program = cell.start()?;
-    let moving = cell.migrate(program, &env)?;
+    let address = format!("{} --mode {mode}", cell.address());
+    let moving = cell.migrate_to(program, &address, &env)?;
     // Nothing stands still for a source that hangs before the freeze, or when
     // it runs at the target: a person sees it, and ends it.
     let hangs = (fault.role, fault.kind) == (Role::Source, Kind::Stall);

@@ -154,14 +154,7 @@ fn relay(mut source: Box<dyn Link>, target: &Path, hook: &Hook) -> Result<()> {
 fn there(from: &mut Wire, to: &mut Wire, hook: &Hook) -> Result<()> {
     loop {
         let mut message: ToTarget = from.recv()?;
-        let mut raw = Vec::new();
-        match &message {
-            ToTarget::Pages(runs) => {
-                raw.resize(runs.iter().map(|(_, len)| *len as usize).sum(), 0);
-            }
-            ToTarget::Block { len, .. } => raw.resize(*len as usize, 0),
-            _ => {}
-        }
+        let mut raw = vec![0; message.content() as usize];
         from.recv_raw(&mut raw)?;
         let act = hook(Message::ToTarget(&mut message));
         go_on(&message, &raw, act, to, Some(from))?;

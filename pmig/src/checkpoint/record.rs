@@ -147,9 +147,7 @@ fn hear(path: &Path, wire: &mut Wire) -> Result<()> {
             | ToTarget::Postpone
             | ToTarget::Later(_)
             | ToTarget::Piece { .. }
-            | ToTarget::Resume { .. } => {
-                return Err(out_of_turn(&message))
-            }
+            | ToTarget::Resume { .. } => return Err(out_of_turn(&message)),
         }
     }
 }

@@ -36,12 +36,7 @@ pub enum What<'a> {
 
 /// Hands a connection to a process of its own, which lives on if this one dies.
 /// Its warnings go to `log`.
-pub fn start(
-    link: Box<dyn Link>,
-    what: What<'_>,
-    verbose: Verbose,
-    log: Stdio,
-) -> Result<Child> {
+pub fn start(link: Box<dyn Link>, what: What<'_>, verbose: Verbose, log: Stdio) -> Result<Child> {
     link.set_deadline(None)
         .context("set up", "the connection")?;
     let fd: OwnedFd = link

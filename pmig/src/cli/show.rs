@@ -6,7 +6,7 @@ use std::time::Duration;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use pmig::error::printable;
 use pmig::phase::Phase;
-use pmig::report::{End, Event, Facts, Freeze, Progress, Round, Summary};
+use pmig::report::{End, Event, Facts, Freeze, Progress, Summary};
 
 /// Where the last column ends.
 const WIDTH: usize = 78;
@@ -37,7 +37,7 @@ impl Later {
             Event::Phase { phase } => {
                 self.frozen = matches!(phase, Phase::Freeze | Phase::Ready | Phase::Commit);
             }
-            Event::Done(_) | Event::Failed { .. } => self.frozen = false,
+            Event::Resumed(_) | Event::Done(_) | Event::Failed { .. } => self.frozen = false,
             _ => {}
         }
         self.lines.extend(lines);
@@ -82,12 +82,10 @@ impl Terminal {
         }
     }
 
-    fn show(&mut self, round: &Round) {
-        let left = label(&format!("copy {}", round.round));
-        let done = format!("{} of {}", bare(round.bytes, round.of), size(round.of));
-        let eta = round
-            .eta
-            .map_or(String::new(), |d| format!("eta {}", time(d)));
+    fn show(&mut self, name: &str, bytes: u64, of: u64, eta: Option<Duration>) {
+        let left = label(name);
+        let done = format!("{} of {}", bare(bytes, of), size(of));
+        let eta = eta.map_or(String::new(), |d| format!("eta {}", time(d)));
         let used = left.chars().count() + 18 + 2 + done.chars().count();
         let gap = WIDTH.saturating_sub(used + eta.chars().count()).max(1);
         let bar = self.bar.get_or_insert_with(|| {
@@ -98,8 +96,8 @@ impl Terminal {
             bar
         });
         bar.set_prefix(left);
-        bar.set_length(round.of.max(1));
-        bar.set_position(round.bytes.min(round.of));
+        bar.set_length(of.max(1));
+        bar.set_position(bytes.min(of));
         bar.set_message(format!("{done}{}{eta}", " ".repeat(gap)));
     }
 
@@ -112,7 +110,7 @@ impl Terminal {
 
 impl Progress for Terminal {
     fn event(&mut self, event: &Event) {
-        if !matches!(event, Event::Round(_) | Event::Note { .. }) {
+        if !matches!(event, Event::Round(_) | Event::Fill(_) | Event::Note { .. }) {
             self.end_bar();
         }
         let lines = self.later.take(event, lines(event));
@@ -120,8 +118,11 @@ impl Progress for Terminal {
             Some(bar) if !lines.is_empty() => bar.suspend(|| write(&lines)),
             _ => write(&lines),
         }
-        if let (Event::Round(round), false) = (event, self.later.frozen) {
-            self.show(round);
+        match event {
+            _ if self.later.frozen => {}
+            Event::Round(r) => self.show(&format!("copy {}", r.round), r.bytes, r.of, r.eta),
+            Event::Fill(f) => self.show("fill", f.bytes, f.of, f.eta),
+            _ => {}
         }
     }
 }
@@ -161,10 +162,14 @@ fn lines(event: &Event) -> Vec<String> {
             elapsed,
         } => vec![row("fill", what, &time(*elapsed))],
         Event::Note { text } => vec![row("note", &printable(text), "")],
+        Event::Resumed(freeze) => frozen(freeze),
+        Event::Done(summary) if summary.filled.is_some() => vec![end(summary)],
         Event::Done(summary) => done(summary),
-        Event::Phase { .. } | Event::Ended { .. } | Event::Round(_) | Event::Fill(_) | Event::Failed { .. } => {
-            Vec::new()
-        }
+        Event::Phase { .. }
+        | Event::Ended { .. }
+        | Event::Round(_)
+        | Event::Fill(_)
+        | Event::Failed { .. } => Vec::new(),
     }
 }
 
@@ -198,12 +203,18 @@ fn head(f: &Facts) -> String {
 }
 
 fn done(s: &Summary) -> Vec<String> {
+    let mut lines = frozen(&s.freeze);
+    lines.push(end(s));
+    lines
+}
+
+fn frozen(freeze: &Freeze) -> Vec<String> {
     let Freeze {
         total,
         pages,
         parts,
         ..
-    } = &s.freeze;
+    } = freeze;
     let plural = if *pages == 1 { "" } else { "s" };
     let parts: Vec<String> = parts
         .iter()
@@ -212,7 +223,6 @@ fn done(s: &Summary) -> Vec<String> {
     vec![
         row("freeze", &format!("{pages} page{plural}"), &time(*total)),
         row("", &parts.join(" · "), ""),
-        end(s),
     ]
 }
 
@@ -289,6 +299,8 @@ pub fn time(d: Duration) -> String {
 
 #[cfg(test)]
 mod tests {
+    use pmig::report::Round;
+
     use super::*;
 
     #[test]

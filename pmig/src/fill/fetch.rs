@@ -82,7 +82,10 @@ impl Filler {
 
     /// Where the program misses memory, in order.
     pub fn left_behind(&self) -> Vec<Range<u64>> {
-        self.log.missing().first().map_or_else(Vec::new, |m| m.runs())
+        self.log
+            .missing()
+            .first()
+            .map_or_else(Vec::new, |m| m.runs())
     }
 
     /// The program's own userfaultfd.
@@ -325,7 +328,8 @@ impl Filler {
         loop {
             // Looked up anew each time: what is read meanwhile may change it.
             let places = self.log.missing()[space].places(range.clone());
-            let (Some((place, offset)), Some(fd)) = (places.into_iter().next(), &self.spaces[space])
+            let (Some((place, offset)), Some(fd)) =
+                (places.into_iter().next(), &self.spaces[space])
             else {
                 return Ok(());
             };

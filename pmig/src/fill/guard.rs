@@ -128,9 +128,15 @@ impl Guard {
         self.holding()
     }
 
-    /// Nothing is missing any more: it ends.
+    /// Nothing is missing any more: it ends. Returns when it has let go of the record.
     pub fn done(mut self) {
-        let _ = self.wire.send(&ToGuard::Done);
+        let ended = self
+            .wire
+            .send(&ToGuard::Done)
+            .and_then(|()| self.wire.recv::<ToFiller>());
+        if let Ok(_) | Err(Error::Deadline { .. }) = ended {
+            tracing::warn!("the guard of missing memory does not end");
+        }
     }
 
     /// Readable when it is dead.
@@ -221,7 +227,7 @@ pub fn run(id: Id) -> Result<()> {
     close_from(3).context("close", "inherited descriptors")?;
     let _ = setsid();
     // Nobody else takes the record for abandoned meanwhile.
-    let _record = journal::Husk::join(id)?;
+    let record = journal::Husk::join(id)?;
     // What ends pmig serve with all that it started leaves this alone.
     let moved = Hold::guard(id).and_then(|hold| {
         let moved = hold.take(std::process::id() as i32);
@@ -240,7 +246,8 @@ pub fn run(id: Id) -> Result<()> {
     nix::unistd::dup2_stdin(&null).context("close", "the line")?;
     Folder::at(&run_dir())?.sub("fills")?;
     let path = socket(id);
-    let listener = Listener::bind(&Addr::Unix(path.clone())).context("listen on", path.display())?;
+    let listener =
+        Listener::bind(&Addr::Unix(path.clone())).context("listen on", path.display())?;
     let mut wire = line(line_fd)?;
     let ToGuard::Hold(held) = wire.recv()? else {
         return Err(out_of_turn());
@@ -257,6 +264,9 @@ pub fn run(id: Id) -> Result<()> {
     };
     while keeping.watch(&listener) {}
     let _ = std::fs::remove_file(path);
+    // Before the filler hears that this has ended.
+    drop(record);
+    drop(keeping);
     Ok(())
 }
 

@@ -22,7 +22,11 @@ pub enum Change {
     Missing(Range<u64>),
     /// Was filled, discarded or unmapped.
     Gone(Range<u64>),
-    Moved { from: u64, to: u64, len: u64 },
+    Moved {
+        from: u64,
+        to: u64,
+        len: u64,
+    },
     /// A child has all of it too, under the next number.
     Forked,
     /// Events of this space are read from here on.

@@ -1,5 +1,7 @@
 //! The source's part: saying what its frozen copy holds, as often as it takes.
 
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -125,14 +127,17 @@ fn reach(record: &Record) -> Result<Wire> {
 struct Copy {
     pid: i32,
     start: u64,
+    mem: File,
     buf: Vec<u8>,
 }
 
 impl Copy {
     fn of(record: &Record) -> Result<Copy> {
+        let path = format!("/proc/{}/mem", record.pid);
         let copy = Copy {
             pid: record.pid,
             start: record.start,
+            mem: File::open(&path).context("open", &path)?,
             buf: vec![0; MAX_RAW],
         };
         copy.is_there()?;
@@ -182,7 +187,10 @@ impl Copy {
                 }
                 other => {
                     let text: String = format!("{other:?}").chars().take(40).collect();
-                    return Err(Error::bad(wire.peer(), format!("answers out of turn: {text}")));
+                    return Err(Error::bad(
+                        wire.peer(),
+                        format!("answers out of turn: {text}"),
+                    ));
                 }
             }
         }
@@ -203,10 +211,15 @@ impl Copy {
             &mut [std::io::IoSliceMut::new(buf)],
             &remote,
         );
-        if got != Ok(len as usize) {
+        // What the program may not read itself is read like that only.
+        if got != Ok(len as usize) && self.mem.read_exact_at(buf, start).is_err() {
             self.is_there()?;
             return Err(Error::bad(
-                format!("memory {start:x}-{:x} of {}", start + u64::from(len), self.pid),
+                format!(
+                    "memory {start:x}-{:x} of {}",
+                    start + u64::from(len),
+                    self.pid
+                ),
                 "it cannot be read",
             ));
         }

@@ -3,8 +3,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use serde::Serialize;
 
 use super::{source, target, Files, Now};
-use crate::fill;
 use crate::error::{printable, Error, Result};
+use crate::fill;
 use crate::id::Id;
 use crate::journal::{self, Armed, Fate, Found, Husk, Record, Role, Stage};
 use crate::transport::Addr;

@@ -93,9 +93,10 @@ impl Run<'_> {
     /// The copy here is gone, or a person does not want to wait: then the keeper goes
     /// on.
     pub(super) fn fill(&mut self, b: &mut Building) -> Result<()> {
+        self.progress.event(&Event::Resumed(self.freeze.clone()));
         let begun = self.begin(Phase::Fill);
         let _ = b.keeper.enter(Phase::Fill);
-        let (of, mut sent, mut shown) = (self.left_behind, 0, begun);
+        let (of, mut sent, mut shown, mut struck) = (self.left_behind, 0, begun, false);
         let filling = |sent: u64| {
             let elapsed = begun.elapsed();
             let rate = per_second(sent, elapsed);
@@ -118,7 +119,9 @@ impl Run<'_> {
             match told {
                 Told::Sent(bytes, wire) => {
                     sent += bytes;
-                    fault::point(Phase::Fill, Role::Source, || wire.link().cut());
+                    if !std::mem::replace(&mut struck, true) {
+                        fault::point(Phase::Fill, Role::Source, || wire.link().cut());
+                    }
                 }
                 Told::Waiting => {}
                 Told::Lost(why) => progress.event(&Event::Note {

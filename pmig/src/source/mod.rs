@@ -685,13 +685,15 @@ impl<'a> Run<'a> {
         self.begin(Phase::Release);
         let _ = b.keeper.enter(Phase::Release);
         fault::point(Phase::Release, Role::Source, || self.wire.link().cut());
-        if let Some((_, frozen)) = held {
-            if let Err(error) = committing.release(frozen) {
-                return Err(Failure {
-                    error,
-                    outcome: Outcome::Moved { id },
-                });
-            }
+        let released = match held {
+            Some((_, frozen)) => committing.release(frozen),
+            None => resolve::finish(&b.armed, "it moved", Duration::ZERO, || {}).map(drop),
+        };
+        if let Err(error) = released {
+            return Err(Failure {
+                error,
+                outcome: Outcome::Moved { id },
+            });
         }
         b.keeper.done();
         self.progress.event(&Event::Done(summary.clone()));

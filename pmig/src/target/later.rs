@@ -104,9 +104,12 @@ pub(super) fn fill(
         ToTarget::Late(mask) => late(mask),
         _ => tracing::warn!("the source speaks out of turn"),
     };
+    let mut struck = false;
     let mut tick = |wire: &Wire| {
         watch_over(PATIENCE);
-        fault::point(Phase::Fill, Role::Target, || wire.link().cut());
+        if !std::mem::replace(&mut struck, true) {
+            fault::point(Phase::Fill, Role::Target, || wire.link().cut());
+        }
     };
     filler.run(wire, &mut hear, &mut tick)?;
     committed.filled()

@@ -158,6 +158,8 @@ fn moved(name: &str) -> Vec<Heard> {
         total: us(1_573_300),
         bytes_sent: 391_200_000,
         rounds: 3,
+        left_behind: 0,
+        filled: None,
         freeze: freeze(),
     };
     let note = format!("what is typed at {name} comes later");

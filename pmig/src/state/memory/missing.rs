@@ -231,7 +231,10 @@ mod tests {
         assert_eq!(bytes, missing.len());
         let mut one = Missing::default();
         one.insert(0x1000..0x9000);
-        assert_eq!(one.next(0x5000, 0x1000, &Ranges::default()).unwrap().0, 0x5000..0x6000);
+        assert_eq!(
+            one.next(0x5000, 0x1000, &Ranges::default()).unwrap().0,
+            0x5000..0x6000
+        );
         let mut tail = Ranges::default();
         tail.insert(0x5000..0x9000);
         assert_eq!(one.next(0x9000, 0x1000, &tail).unwrap().0, 0x1000..0x2000);

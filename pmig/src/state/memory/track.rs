@@ -441,7 +441,12 @@ impl Tracker {
         for r in found.pages.drain(..) {
             pages.insert(r);
         }
-        for vma in self.layout.vmas.iter().filter(|v| v.backing == Backing::Anonymous) {
+        for vma in self
+            .layout
+            .vmas
+            .iter()
+            .filter(|v| v.backing == Backing::Anonymous)
+        {
             for r in pages.within(vma.range()) {
                 self.later.insert(r);
             }
