@@ -102,7 +102,8 @@ impl Guard {
     /// # Errors
     /// There is no guard.
     pub fn take_over(id: Id) -> Result<(Guard, Log, Vec<OwnedFd>)> {
-        let link = transport::connect(&Addr::Unix(socket(id)))
+        let (_folder, path) = socket(id)?;
+        let link = transport::connect(&Addr::Unix(path))
             .context("reach", "the guard of missing memory")?;
         let mut wire = Wire::new(link);
         wire.set_deadline(PATIENCE)?;
@@ -167,8 +168,13 @@ fn line(fd: OwnedFd) -> Result<Wire> {
     Ok(wire)
 }
 
-fn socket(id: Id) -> PathBuf {
-    run_dir().join("fills").join(id.to_string())
+/// Where the guard listens: short enough for a socket, however long the name of the
+/// directory is, for as long as that is held open.
+fn socket(id: Id) -> Result<(File, PathBuf)> {
+    let folder = Folder::at(&run_dir())?.sub("fills")?;
+    let held = File::open(folder.path()).context("open", folder.path().display())?;
+    let path = format!("/proc/self/fd/{}/{id}", held.as_raw_fd());
+    Ok((held, path.into()))
 }
 
 /// Makes what another process holds one's own too.
@@ -244,8 +250,7 @@ pub fn run(id: Id) -> Result<()> {
         .context("take over", "the line to the filler")?;
     let null = File::open("/dev/null").context("open", "/dev/null")?;
     nix::unistd::dup2_stdin(&null).context("close", "the line")?;
-    Folder::at(&run_dir())?.sub("fills")?;
-    let path = socket(id);
+    let (_folder, path) = socket(id)?;
     let listener =
         Listener::bind(&Addr::Unix(path.clone())).context("listen on", path.display())?;
     let mut wire = line(line_fd)?;
