@@ -84,6 +84,9 @@ pub struct Facts {
     pub kernel_to: String,
     /// How the PCB is read here: `kmod` or `ptrace`.
     pub pcb: String,
+    /// By what it is to be told which pages are written: `uffd`, `soft-dirty`,
+    /// `kmod` or `none`.
+    pub tracking: String,
 }
 
 /// Where a round of the copy stands.
@@ -157,6 +160,11 @@ pub struct Summary {
     /// Over the wire, frames included.
     pub bytes_sent: u64,
     pub rounds: u32,
+    /// How long the program was stopped in the build to be followed.
+    #[serde(rename = "attach_ms", with = "millis")]
+    pub attach: Duration,
+    /// By what it was told which pages are written, as of [`Facts`].
+    pub tracking: String,
     pub freeze: Freeze,
 }
 
@@ -276,6 +284,8 @@ mod tests {
             total: Duration::from_secs(13),
             bytes_sent: 361_000_000,
             rounds: 2,
+            attach: Duration::from_micros(300),
+            tracking: "uffd".into(),
             freeze,
         });
         let line = serde_json::to_string(&event).unwrap();

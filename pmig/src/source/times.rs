@@ -9,6 +9,7 @@ use crate::phase::Phase;
 use crate::protocol::message::{Ready, ToSource, ToTarget};
 use crate::report::{End, Event, Summary};
 use crate::state::clock::{self, Difference, Reading};
+use crate::state::memory::{Tracking, TrackingChoice};
 use crate::state::restart::ProgramClock;
 use crate::transport::Addr;
 
@@ -38,8 +39,16 @@ impl Run<'_> {
             total: begun.elapsed(),
             bytes_sent: self.wire.sent,
             rounds: self.rounds,
+            attach: self.attach,
+            tracking: self.tracking[0].name().into(),
             freeze: self.freeze.clone(),
         }
+    }
+
+    /// From the stop to a moment by this machine's clock.
+    pub(super) fn stood_still(&self, until: Reading) -> Duration {
+        let ns = self.stopped_at.map_or(0, |at| until.minus(at).monotonic);
+        Duration::from_nanos(ns.max(0) as u64)
     }
 
     pub(super) fn compare_clocks(&mut self) -> Result<()> {
@@ -72,6 +81,25 @@ impl Run<'_> {
             what,
             elapsed: begun.elapsed(),
         });
+    }
+
+    /// The end of the build: by which means the program is followed.
+    pub(super) fn built(&mut self, tracking: Tracking, begun: Instant) {
+        if tracking == Tracking::None && self.options.tracking == TrackingChoice::Auto {
+            self.progress.event(&Event::Note {
+                text: "this kernel cannot tell which pages are written: all memory is copied \
+                       while the program stands still"
+                    .into(),
+            });
+        }
+        self.tracking = vec![tracking];
+        let what = format!(
+            "{} mappings, {} descriptors; stopped {:.1} ms to track writes",
+            self.preview.layout.vmas.len(),
+            self.preview.descriptors.holders.len(),
+            self.attach.as_secs_f64() * 1e3
+        );
+        self.ended(Phase::Build, what, begun);
     }
 
     pub(super) fn part(&mut self, name: &'static str) {

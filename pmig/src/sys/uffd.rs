@@ -2,7 +2,7 @@
 //! the faults and only remembers which pages were written.
 
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 /// `struct uffdio_api`, `<linux/userfaultfd.h>`.
 #[repr(C)]
@@ -49,6 +49,18 @@ fn ioctl<T>(fd: &OwnedFd, request: u64, arg: &mut T) -> io::Result<()> {
         Err(io::Error::last_os_error())
     } else {
         Ok(())
+    }
+}
+
+/// Makes one for this process: userfaultfd(2).
+pub fn create() -> io::Result<OwnedFd> {
+    let flags = libc::O_CLOEXEC | libc::O_NONBLOCK | USER_MODE_ONLY;
+    // SAFETY: a number; the descriptor is new.
+    unsafe {
+        match libc::syscall(libc::SYS_userfaultfd, flags) {
+            -1 => Err(io::Error::last_os_error()),
+            fd => Ok(OwnedFd::from_raw_fd(fd as i32)),
+        }
     }
 }
 

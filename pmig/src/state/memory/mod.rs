@@ -3,6 +3,7 @@
 mod layout;
 mod ranges;
 mod track;
+mod writes;
 
 pub use layout::{
     apply, file_of, preflight, resident, steps, Backing, Kernel, Layout, MappedFile, Step, Vma,
@@ -10,3 +11,4 @@ pub use layout::{
 };
 pub use ranges::Ranges;
 pub use track::{Found, Tracker};
+pub use writes::{Tracking, TrackingChoice};
