@@ -8,7 +8,7 @@
  * same page that find it unwritten found the same bytes, if nobody wrote to it
  * but by these page tables.  Who holds a page pinned does not write by them:
  * such pages are told apart.  One that was pinned and let go between two looks
- * is not; pmig_abi.h says so.
+ * is not, nor one that was swapped out and in; pmig_abi.h says so.
  *
  * The dirty bit also tells reclaim what must be written to swap.  So before it
  * is taken off, the folio is marked, under the lock of the page table.
@@ -37,6 +37,7 @@ struct look {
 	u64 *words;			/* of the pages from `first` on */
 	unsigned long first;
 	bool clean;
+	bool mergeable;			/* the mapping that is looked at */
 	/* What the processors may still know as dirty. */
 	unsigned long flush_start, flush_end;
 };
@@ -60,16 +61,19 @@ static void flush_later(struct look *l, unsigned long start, unsigned long end)
 }
 
 /*
- * What a page's word says beside its number.  Pages in the swap cache may have
- * been written, swapped out and brought back with a clean entry.
+ * What a page's word says beside its number.  Held are, besides the pinned, those
+ * whose entries others clean: reclaim on their way to swap and back,
+ * madvise(MADV_FREE), and the search for pages to be merged.
  */
-static u64 state_of(struct folio *folio, bool dirty)
+static u64 state_of(struct look *l, struct folio *folio, bool dirty)
 {
 	u64 word = PMIG_PAGE_PRESENT;
 
 	if (dirty)
 		word |= PMIG_PAGE_WRITTEN;
-	if (folio_maybe_dma_pinned(folio) || folio_test_swapcache(folio))
+	if (l->mergeable || folio_maybe_dma_pinned(folio) ||
+	    folio_test_swapcache(folio) ||
+	    (folio_test_anon(folio) && !folio_test_swapbacked(folio)))
 		word |= PMIG_PAGE_HELD;
 	return word;
 }
@@ -108,7 +112,7 @@ static void look_at_pte(struct look *l, unsigned long addr, pte_t *ptep)
 	}
 	folio = page_folio(pfn_to_page(pte_pfn(old)));
 	if (!l->clean || !pte_dirty(old) || !may_clean(folio)) {
-		note(l, addr, word | state_of(folio, pte_dirty(old)));
+		note(l, addr, word | state_of(l, folio, pte_dirty(old)));
 		return;
 	}
 	if (!folio_test_dirty(folio))
@@ -118,7 +122,7 @@ static void look_at_pte(struct look *l, unsigned long addr, pte_t *ptep)
 		new = pte_mkclean(old);
 	} while (!try_cmpxchg((long *)&ptep->pte, (long *)&old,
 			      *(long *)&new));
-	note(l, addr, word | state_of(folio, true));
+	note(l, addr, word | state_of(l, folio, true));
 	flush_later(l, addr, addr + PAGE_SIZE);
 }
 
@@ -146,7 +150,7 @@ static bool look_at_huge(struct look *l, unsigned long addr, unsigned long end,
 		goto out;
 	}
 	folio = page_folio(pfn_to_page(pmd_pfn(old)));
-	word = state_of(folio, pmd_dirty(old));
+	word = state_of(l, folio, pmd_dirty(old));
 	/* What was written of it outside the range must not be forgotten. */
 	if (l->clean && pmd_dirty(old) && may_clean(folio) &&
 	    addr == base && end == base + PMD_SIZE) {
@@ -257,6 +261,7 @@ static int look_at_chunk(struct look *l, unsigned long end)
 	for_each_vma_range(vmi, vma, end) {
 		from = max(l->first, vma->vm_start);
 		to = min(end, vma->vm_end);
+		l->mergeable = vma->vm_flags & VM_MERGEABLE;
 		if (vma->vm_flags & STRANGE)
 			note_all(l, from, to, PMIG_PAGE_HELD);
 		else

@@ -417,9 +417,10 @@ struct pmig_vma {
  * what was written is lost, and all of it must be taken as written.
  *
  * The bytes of a page are what they were at the look before if its word is
- * the same and in neither look WRITTEN or HELD, with one exception: who gets
+ * the same and in neither look WRITTEN or HELD, with two exceptions: who gets
  * hold of a page (process_vm_writev(2), O_DIRECT, ...), writes to it and lets it
- * go again, all between two looks, is not seen.
+ * go again, all between two looks, is not seen; nor what was written to a page
+ * that was then swapped out and in again: use it only where there is no swap.
  *
  * EOPNOTSUPP  something besides the processors writes to this memory (KVM)
  */

@@ -60,9 +60,9 @@ impl Tracking {
     }
 
     /// Whether `auto` may choose it. The module cannot see who writes past the
-    /// page tables (process_vm_writev(2) by another process, direct I/O), if it is
-    /// done between two looks: whoever asks for it has to know that there is no
-    /// such writer.
+    /// page tables (process_vm_writev(2), a debugger's ptrace(2)), if it is done
+    /// between two looks: whoever asks for it has to know that there is no such
+    /// writer.
     fn is_safe(self) -> bool {
         self != Tracking::Kmod
     }
@@ -97,6 +97,11 @@ impl Tracking {
                 Err(e) => no(format!("/proc/self/pagemap: {e}"), "run pmig as root"),
             },
             Tracking::Kmod => match Kmod::open() {
+                Ok(Some(module)) if module.tells_writes() && has_swap() => no(
+                    "this machine swaps: what was written before a page went there is not seen"
+                        .into(),
+                    "swapoff -a, or leave the choice to auto",
+                ),
                 Ok(Some(module)) if module.tells_writes() => Ok(()),
                 Ok(Some(_)) => no(
                     "the kernel module that is loaded cannot tell what is written".into(),
@@ -116,6 +121,12 @@ impl fmt::Display for Tracking {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name())
     }
+}
+
+/// Whether pages can be swapped out; so too where that cannot be told.
+fn has_swap() -> bool {
+    let swaps = std::fs::read_to_string("/proc/swaps");
+    swaps.map_or(true, |text| text.lines().nth(1).is_some())
 }
 
 fn probe_uffd() -> Result<(), String> {
