@@ -113,6 +113,8 @@ fn run(words: &[&str]) -> Outcome {
 }
 
 fn main() -> ExitCode {
+    // As pmig does, or each wait for a stop lasts longer.
+    pmig::sys::ptrace::listen();
     let words: Vec<String> = std::env::args().skip(1).collect();
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     match run(&words) {

@@ -219,14 +219,15 @@ impl Tracker {
     }
 
     /// Where private, dense mappings follow one another, with nothing but holes
-    /// between them.
+    /// between them, or not even those.
     fn stretches(&self) -> Vec<Range<u64>> {
         let mut all: Vec<Range<u64>> = Vec::new();
         let mut goes_on = false;
         for vma in &self.layout.vmas {
             let dense = vma.is_private() && self.is_dense(vma);
+            let joins = |r: &Range<u64>| r.end == vma.start || self.writes.skips_holes();
             match all.last_mut() {
-                Some(last) if dense && goes_on => last.end = vma.end,
+                Some(last) if dense && goes_on && joins(last) => last.end = vma.end,
                 _ if dense => all.push(vma.range()),
                 _ => {}
             }

@@ -224,6 +224,12 @@ pub(super) trait Writes {
     /// is fresh at the next look then.
     fn follow(&mut self, mapping: Range<u64>) -> bool;
 
+    /// Whether looking where nothing is mapped takes no time, however large that
+    /// is: then one look may span several mappings.
+    fn skips_holes(&self) -> bool {
+        false
+    }
+
     /// What is there now, in order.
     fn present(&mut self, part: Range<u64>, then: Then) -> Result<Vec<Range<u64>>>;
 

@@ -68,6 +68,10 @@ impl Writes for Protection {
         uffd::register_wp(&self.uffd, mapping.start, mapping.end - mapping.start).is_ok()
     }
 
+    fn skips_holes(&self) -> bool {
+        true
+    }
+
     fn present(&mut self, part: Range<u64>, then: Then) -> Result<Vec<Range<u64>>> {
         there(&self.pagemap, self.pid, part, then)
     }
