@@ -13,6 +13,7 @@ mod moving;
 mod refusing;
 mod surviving;
 mod terminals;
+mod tracking;
 
 use lab::harness::{main as run, Trial};
 use std::process::ExitCode;
@@ -21,6 +22,7 @@ fn main() -> ExitCode {
     let mut trials: Vec<Trial> = Vec::new();
     trials.extend(hosts::trials());
     trials.extend(moving::trials());
+    trials.extend(tracking::trials());
     trials.extend(listing::trials());
     trials.extend(dumping::trials());
     trials.extend(terminals::trials());

@@ -74,6 +74,16 @@ pub fn enable_async_wp(fd: &OwnedFd) -> io::Result<()> {
     ioctl(fd, UFFDIO_API, &mut api)
 }
 
+/// The same without anything chosen, for what only marks mappings.
+pub fn enable(fd: &OwnedFd) -> io::Result<()> {
+    let mut api = Api {
+        api: API,
+        features: 0,
+        ioctls: 0,
+    };
+    ioctl(fd, UFFDIO_API, &mut api)
+}
+
 /// Registers a range of the address space that the descriptor was made in.
 /// Doing it again is no error.
 pub fn register_wp(fd: &OwnedFd, start: u64, len: u64) -> io::Result<()> {

@@ -76,6 +76,7 @@ pub fn run(how: Tracking, mb: usize) -> Outcome {
     let begun = Instant::now();
     tracker.look().map_err(text)?;
     let first = begun.elapsed();
+    let first_touch = Duration::from_nanos(subject.ask("touch")?);
     let (mut clean, mut dirty, mut last, mut touched) =
         (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for _ in 0..TIMES {
@@ -107,14 +108,15 @@ pub fn run(how: Tracking, mb: usize) -> Outcome {
     let found = tracker.look().map_err(text)?;
     let ms = |d: Duration| d.as_secs_f64() * 1e3;
     println!(
-        "{{\"how\":\"{how}\",\"mb\":{mb},\"attach\":{:.3},\"first\":{:.3},\"clean\":{:.3},\
-         \"dirty\":{:.3},\"last\":{:.3},\"touch\":{:.3},\"untracked\":{:.3},\
+        "{{\"attach\":{:.3},\"first\":{:.3},\"clean\":{:.3},\"dirty\":{:.3},\"last\":{:.3},\
+         \"first_touch\":{:.3},\"touch\":{:.3},\"untracked\":{:.3},\
          \"huge_kb\":[{before},{looked},{written}],\"huge_pages_found\":{}}}",
         median(attach),
         ms(first),
         median(clean),
         median(dirty),
         median(last),
+        ms(first_touch),
         median(touched),
         median(untracked),
         found.bytes() / PAGE as u64,

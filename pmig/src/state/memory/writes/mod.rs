@@ -7,6 +7,7 @@
 //! state.
 
 mod protection;
+mod registered;
 mod words;
 
 use std::fmt;
@@ -79,6 +80,11 @@ impl Tracking {
                 remedy,
             ))
         };
+        // By it they see what is mapped anew or moved.
+        let needs_userfaultfd = || match uffd::create() {
+            Ok(_) => Ok(()),
+            Err(e) => no(format!("no userfaultfd: {e}"), "it needs CONFIG_USERFAULTFD"),
+        };
         match self {
             Tracking::None => Ok(()),
             Tracking::Uffd => match probe_uffd() {
@@ -89,7 +95,7 @@ impl Tracking {
                 ),
             },
             Tracking::SoftDirty => match pagemap::has_soft_dirty() {
-                Ok(true) => Ok(()),
+                Ok(true) => needs_userfaultfd(),
                 Ok(false) => no(
                     "this kernel does not note soft-dirty pages".into(),
                     "it needs CONFIG_MEM_SOFT_DIRTY; leave the choice to auto",
@@ -102,7 +108,7 @@ impl Tracking {
                         .into(),
                     "swapoff -a, or leave the choice to auto",
                 ),
-                Ok(Some(module)) if module.tells_writes() => Ok(()),
+                Ok(Some(module)) if module.tells_writes() => needs_userfaultfd(),
                 Ok(Some(_)) => no(
                     "the kernel module that is loaded cannot tell what is written".into(),
                     "load the pmig.ko of this version; leave the choice to auto",
@@ -252,8 +258,8 @@ pub(super) fn begin(stopped: &mut Stopped, candidates: &[Tracking]) -> Result<Bo
     for tracking in candidates {
         let begun: Result<Box<dyn Writes>> = match tracking {
             Tracking::Uffd => Protection::begin(stopped).map(|w| Box::new(w) as _),
-            Tracking::SoftDirty => BySoftDirty::begin(stopped.pid()).map(|w| Box::new(w) as _),
-            Tracking::Kmod => ByModule::begin(stopped.pid()).map(|w| Box::new(w) as _),
+            Tracking::SoftDirty => BySoftDirty::begin(stopped).map(|w| Box::new(w) as _),
+            Tracking::Kmod => ByModule::begin(stopped).map(|w| Box::new(w) as _),
             Tracking::None => Nothing::new(stopped.pid()).map(|w| Box::new(w) as _),
         };
         match begun {

@@ -1,16 +1,19 @@
 //! Bits of the page tables: one word a page tells whether it was written and
 //! which page it is.
 //!
-//! The bits say nothing of a page that is gone, and what is mapped or moved to
-//! its place may come with bits that are clear. So each look is compared with
+//! The bits say nothing of a page that is gone. So each look is compared with
 //! the one before: only a page that is the same one, and unwritten, holds the
-//! same bytes.
+//! same bytes. Nor is that enough where memory is moved (mremap(2)): pages come
+//! with bits as clear as they were, and if others lay there while it was read,
+//! nothing tells that they did. So mappings are registered with a userfaultfd,
+//! which protects nothing, but is lost by all that is moved or made anew.
 
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 
+use super::registered::Registered;
 use super::{open_pagemap, there, Part, Then, Tracking, Writes};
 use crate::error::{Context, Error, Obstacle, Result};
 use crate::proc::smaps::Mapping;
@@ -19,6 +22,7 @@ use crate::state::memory::PAGE;
 use crate::sys::kmod::{abi, Kmod};
 use crate::sys::pagemap::{self, entry};
 use crate::sys::pidfd;
+use crate::tracee::Stopped;
 
 /// Pages that are remembered together, and their bytes: those of a page table.
 const BLOCK: usize = 512;
@@ -42,20 +46,18 @@ pub(in crate::state::memory) trait Source {
 /// Compares words with those of the last look.
 pub(in crate::state::memory) struct Words<S> {
     source: S,
-    pid: i32,
-    pagemap: File,
+    registered: Registered,
     /// By the address of the block.
     known: BTreeMap<u64, Box<[u64; BLOCK]>>,
 }
 
 impl<S: Source> Words<S> {
-    fn new(pid: i32, source: S) -> Result<Words<S>> {
-        Ok(Words {
+    fn new(registered: Registered, source: S) -> Words<S> {
+        Words {
             source,
-            pid,
-            pagemap: open_pagemap(pid)?,
+            registered,
             known: BTreeMap::new(),
-        })
+        }
     }
 
     /// Reads a range anew; calls `each` with every page, its last word and its
@@ -112,12 +114,13 @@ impl<S: Source> Words<S> {
     /// The blocks of a range in which something is, or was, as parts of it.
     fn worth_reading(&self, r: Range<u64>) -> Result<Vec<Range<u64>>> {
         let block = |at: u64| at & !(BLOCK_BYTES - 1);
+        let (pagemap, pid) = (&self.registered.pagemap, self.registered.pid);
         let mut all: BTreeMap<u64, ()> = self
             .known
             .range(block(r.start)..r.end)
             .map(|(at, _)| (*at, ()))
             .collect();
-        for run in there(&self.pagemap, self.pid, r.clone(), Then::Leave)? {
+        for run in there(pagemap, pid, r.clone(), Then::Leave)? {
             for at in (block(run.start)..run.end).step_by(BLOCK_BYTES as usize) {
                 all.insert(at, ());
             }
@@ -140,13 +143,12 @@ impl<S: Source> Writes for Words<S> {
         self.source.tracking()
     }
 
-    fn follows(&self, _: &Mapping) -> bool {
-        // Whatever was done to it shows in its pages.
-        true
+    fn follows(&self, mapping: &Mapping) -> bool {
+        self.registered.follows(mapping)
     }
 
-    fn follow(&mut self, _: Range<u64>) -> bool {
-        true
+    fn follow(&mut self, mapping: Range<u64>) -> bool {
+        self.registered.follow(mapping)
     }
 
     fn present(&mut self, part: Range<u64>, then: Then) -> Result<Vec<Range<u64>>> {
@@ -178,7 +180,10 @@ impl<S: Source> Writes for Words<S> {
     }
 
     fn changed_in_the_same(&mut self, part: Part<'_>) -> Result<Option<Vec<Range<u64>>>> {
-        self.changed(part, Then::Leave).map(Some)
+        match self.registered.still(&part)? {
+            true => self.changed(part, Then::Leave).map(Some),
+            false => Ok(None),
+        }
     }
 }
 
@@ -187,7 +192,7 @@ impl<S: Source> Writes for Words<S> {
 /// They can be read, and all of them together be cleared, but not both in one
 /// step: what a running program writes in between would be lost. So they are
 /// cleared once, before the first look, and each look tells all that was
-/// written since. Nothing runs inside the program, and it is not stopped for it.
+/// written since.
 pub(in crate::state::memory) struct SoftDirty {
     pid: i32,
     pagemap: File,
@@ -197,12 +202,14 @@ pub(in crate::state::memory) type BySoftDirty = Words<SoftDirty>;
 
 impl Words<SoftDirty> {
     /// # Errors
-    /// Those of /proc/PID/clear_refs.
-    pub fn begin(pid: i32) -> Result<Self> {
+    /// Those of /proc/PID/clear_refs; the process cannot make a userfaultfd.
+    pub fn begin(stopped: &mut Stopped) -> Result<Self> {
+        let registered = Registered::begin(stopped)?;
+        let pid = stopped.pid();
         let path = format!("/proc/{pid}/clear_refs");
         std::fs::write(&path, "4").context("write", path)?;
         let pagemap = open_pagemap(pid)?;
-        Words::new(pid, SoftDirty { pid, pagemap })
+        Ok(Words::new(registered, SoftDirty { pid, pagemap }))
     }
 }
 
@@ -243,8 +250,10 @@ pub(in crate::state::memory) type ByModule = Words<DirtyBits>;
 
 impl Words<DirtyBits> {
     /// # Errors
-    /// There is no module, or this process is not for it.
-    pub fn begin(pid: i32) -> Result<Self> {
+    /// There is no module, or this process is not for it, or cannot make a
+    /// userfaultfd.
+    pub fn begin(stopped: &mut Stopped) -> Result<Self> {
+        let pid = stopped.pid();
         let kmod = Kmod::open()
             .context("open", crate::sys::kmod::DEVICE)?
             .filter(Kmod::tells_writes)
@@ -252,7 +261,7 @@ impl Words<DirtyBits> {
         let process = pidfd::open(pid).context("open process", pid)?;
         let mut source = DirtyBits { kmod, pid, process };
         source.read(PAGE, &mut [0], Then::Leave)?;
-        Words::new(pid, source)
+        Ok(Words::new(Registered::begin(stopped)?, source))
     }
 }
 
