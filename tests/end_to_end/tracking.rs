@@ -40,10 +40,14 @@ pub fn trials() -> Vec<Trial> {
     for make in [Make::Netns, Make::Vm] {
         for how in ["uffd", "soft-dirty", "kmod", "none"] {
             for (name, body) in CLAIMS {
-                trials.push(Trial::new(make, format!("tracking::{how}::{name}"), move |lab| {
-                    there(lab.a(), how)?;
-                    body(lab, how)
-                }));
+                trials.push(Trial::new(
+                    make,
+                    format!("tracking::{how}::{name}"),
+                    move |lab| {
+                        there(lab.a(), how)?;
+                        body(lab, how)
+                    },
+                ));
             }
         }
         trials.push(Trial::new(
@@ -109,14 +113,20 @@ fn refused(lab: &Lab) -> Result<()> {
     let program = Program::start(a, "recursive lines=150")?;
     program.wait_lines(a, 10)?;
     let moved = migrate(a, b, &program, &format!("--dirty-tracking {how}"), &[])?;
-    moved.failed(REFUSED, &[&format!("dirty tracking by {how}"), "never", "auto"])?;
+    moved.failed(
+        REFUSED,
+        &[&format!("dirty tracking by {how}"), "never", "auto"],
+    )?;
     runs_on(a, &program, &expected)
 }
 
 fn foreign(lab: &Lab) -> Result<()> {
     for how in ["uffd", "soft-dirty"] {
         if there(lab.a(), how).is_ok() {
-            let said = lab.a().exec(&Cmd::new(["tracking", "foreign", how]))?.ok()?;
+            let said = lab
+                .a()
+                .exec(&Cmd::new(["tracking", "foreign", how]))?
+                .ok()?;
             ensure!(said.out().trim() == "seen", "by {how} it is {}", said.out());
         }
     }

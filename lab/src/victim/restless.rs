@@ -32,7 +32,11 @@ fn done(what: &str, r: i32) -> Result<(), String> {
 /// # Errors
 /// Those of madvise(2).
 pub fn advise_huge(memory: &mut [u8], huge: bool) -> Result<(), String> {
-    let advice = if huge { libc::MADV_HUGEPAGE } else { libc::MADV_NOHUGEPAGE };
+    let advice = if huge {
+        libc::MADV_HUGEPAGE
+    } else {
+        libc::MADV_NOHUGEPAGE
+    };
     // SAFETY: the memory is ours, and this advice changes nothing in it.
     let r = unsafe { libc::madvise(memory.as_mut_ptr().cast(), memory.len(), advice) };
     done("madvise", r)

@@ -274,7 +274,9 @@ impl<'a> Run<'a> {
             tracking: tracking[0].name().into(),
         }));
         let more = notes::of_terminals(pid, &preview.descriptors)?;
-        let more = more.into_iter().chain(notes::of_tracking(&tracking, &preview.descriptors));
+        let more = more
+            .into_iter()
+            .chain(notes::of_tracking(&tracking, &preview.descriptors));
         for text in accepted.notes.iter().cloned().chain(more) {
             progress.event(&Event::Note { text });
         }

@@ -176,7 +176,8 @@ fn scan_entries(
         entries(pagemap, at, &mut some[..n])?;
         for (page, entry) in (at..).step_by(PAGE as usize).zip(&some[..n]) {
             let what = categories(*entry, zero);
-            let matches = what & query.all == query.all && (query.any == 0 || what & query.any != 0);
+            let matches =
+                what & query.all == query.all && (query.any == 0 || what & query.any != 0);
             let tell = what & query.tell;
             match &mut last {
                 Some(r) if matches && r.end == page && r.categories == tell => r.end += PAGE,

@@ -173,7 +173,10 @@ fn watcher(shared: Shared, mut random: Random) -> Outcome {
             let pages = ((vma.end - start) / 4096).min(words.len() as u64) as usize;
             let pages = pages.saturating_sub(random.below(3)).max(1);
             let clean = random.below(4) != 0;
-            if kmod.written(fd.as_fd(), start, &mut words[..pages], clean).is_ok() {
+            if kmod
+                .written(fd.as_fd(), start, &mut words[..pages], clean)
+                .is_ok()
+            {
                 count(shared, "looked for what was written");
             }
         }

@@ -52,7 +52,9 @@ fn median(mut all: Vec<Duration>) -> f64 {
 /// Kilobytes in huge pages.
 fn huge_kb(pid: i32) -> Outcome<u64> {
     let text_of = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).map_err(text)?;
-    let line = text_of.lines().find_map(|l| l.strip_prefix("AnonHugePages:"));
+    let line = text_of
+        .lines()
+        .find_map(|l| l.strip_prefix("AnonHugePages:"));
     let kb = line.and_then(|l| l.trim().trim_end_matches(" kB").parse().ok());
     kb.ok_or_else(|| "no AnonHugePages".into())
 }

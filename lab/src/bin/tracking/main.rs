@@ -96,7 +96,9 @@ fn run(words: &[&str]) -> Outcome {
         ["restless", seed] => restless(seed.parse().map_err(text)?, None),
         ["restless", seed, file] => restless(seed.parse().map_err(text)?, Some(file)),
         ["resident", mb, pages] => cost::resident(mb.parse().map_err(text)?, pages == "huge"),
-        ["have", name] => how(name)?.probe().map_err(|o| format!("{}: {}", o.object, o.why)),
+        ["have", name] => how(name)?
+            .probe()
+            .map_err(|o| format!("{}: {}", o.object, o.why)),
         ["mirror", name, seconds, seed, ref file @ ..] => mirror::run(
             how(name)?,
             Duration::from_secs(seconds.parse().map_err(text)?),

@@ -102,7 +102,9 @@ pub fn run(how: Tracking, time: Duration, seed: &str, file: Option<&str>) -> Out
         compared += 1;
         if let Some(at) = wrong.first() {
             let n = wrong.len();
-            return Err(format!("{how}: {n} pages differ, the first {at:x}, after {looks} looks"));
+            return Err(format!(
+                "{how}: {n} pages differ, the first {at:x}, after {looks} looks"
+            ));
         }
     }
     println!("ok mirror {how}: {looks} looks, {compared} comparisons");

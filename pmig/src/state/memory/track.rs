@@ -284,13 +284,7 @@ impl Tracker {
         }
     }
 
-    fn scan(
-        &mut self,
-        vma: &Vma,
-        renewed: &Ranges,
-        then: Then,
-        found: &mut Found,
-    ) -> Result<()> {
+    fn scan(&mut self, vma: &Vma, renewed: &Ranges, then: Then, found: &mut Found) -> Result<()> {
         let anew = renewed.within(vma.range());
         let dense = self.is_dense(vma);
         // What was mapped anew is sent whatever it is.

@@ -171,7 +171,10 @@ fn the_last_look_finds_what_was_written() {
 #[test]
 fn what_was_found_once_counts_as_clean() {
     by_each("write", |program, mut tracker| {
-        assert_eq!(within(&tracker.look().unwrap().pages, &program.page()), PAGE);
+        assert_eq!(
+            within(&tracker.look().unwrap().pages, &program.page()),
+            PAGE
+        );
         let again = program.last_look(&mut tracker);
         let cumulative = tracker.tracking() == Tracking::SoftDirty;
         assert_eq!(within(&again.pages, &program.page()) == 0, !cumulative);

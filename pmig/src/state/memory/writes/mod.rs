@@ -83,7 +83,10 @@ impl Tracking {
         // By it they see what is mapped anew or moved.
         let needs_userfaultfd = || match uffd::create() {
             Ok(_) => Ok(()),
-            Err(e) => no(format!("no userfaultfd: {e}"), "it needs CONFIG_USERFAULTFD"),
+            Err(e) => no(
+                format!("no userfaultfd: {e}"),
+                "it needs CONFIG_USERFAULTFD",
+            ),
         };
         match self {
             Tracking::None => Ok(()),

@@ -106,7 +106,9 @@ impl Registered {
             followed: true,
             ..Query::default()
         };
-        match scan(&self.pagemap, r.start, r.end, query, |r| each(r.start..r.end)) {
+        match scan(&self.pagemap, r.start, r.end, query, |r| {
+            each(r.start..r.end)
+        }) {
             Ok(()) => Ok(true),
             Err(e) if e.raw_os_error() == Some(libc::EPERM) => Ok(false),
             Err(e) => Err(e).context("scan the pages of", self.pid),

@@ -219,8 +219,7 @@ impl Source for SoftDirty {
     }
 
     fn read(&mut self, start: u64, words: &mut [u64], _: Then) -> Result<()> {
-        pagemap::entries(&self.pagemap, start, words)
-            .context("read the page map of", self.pid)?;
+        pagemap::entries(&self.pagemap, start, words).context("read the page map of", self.pid)?;
         for word in words {
             *word = word_of(*word);
         }
@@ -234,7 +233,11 @@ fn word_of(e: u64) -> u64 {
         return 0;
     }
     let kind = (e & (entry::PRESENT | entry::SWAPPED | entry::FILE)) >> 5;
-    let written = if e & entry::SOFT_DIRTY != 0 { WRITTEN } else { 0 };
+    let written = if e & entry::SOFT_DIRTY != 0 {
+        WRITTEN
+    } else {
+        0
+    };
     e & entry::WHICH | kind | written
 }
 
@@ -257,7 +260,9 @@ impl Words<DirtyBits> {
         let kmod = Kmod::open()
             .context("open", crate::sys::kmod::DEVICE)?
             .filter(Kmod::tells_writes)
-            .ok_or_else(|| Error::bad(crate::sys::kmod::DEVICE, "it cannot tell what is written"))?;
+            .ok_or_else(|| {
+                Error::bad(crate::sys::kmod::DEVICE, "it cannot tell what is written")
+            })?;
         let process = pidfd::open(pid).context("open process", pid)?;
         let mut source = DirtyBits { kmod, pid, process };
         source.read(PAGE, &mut [0], Then::Leave)?;
@@ -272,7 +277,10 @@ impl Source for DirtyBits {
 
     fn read(&mut self, start: u64, words: &mut [u64], then: Then) -> Result<()> {
         let process = self.process.as_fd();
-        match self.kmod.written(process, start, words, then == Then::Clean) {
+        match self
+            .kmod
+            .written(process, start, words, then == Then::Clean)
+        {
             Ok(()) => Ok(()),
             Err(e) if e.raw_os_error() == Some(libc::EOPNOTSUPP) => {
                 Err(Error::Refused(vec![Obstacle::new(
