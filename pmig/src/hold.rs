@@ -94,6 +94,19 @@ impl Hold {
         Cgroup::create(place).map(|c| Hold(Some(c)))
     }
 
+    /// Makes a cgroup for the guard of a program's missing memory, as
+    /// [`Hold::holder`] does.
+    pub fn guard(id: Id) -> Result<Hold> {
+        let place = Place {
+            cgroup: base()?.join(format!("{id}-guard")),
+            home: None,
+        };
+        match Frozen::open(&place)? {
+            Some(there) => Ok(Hold(Some(there.0))),
+            None => Cgroup::create(place).map(|c| Hold(Some(c))),
+        }
+    }
+
     /// Makes a cgroup for the holder of the program that a husk becomes: what
     /// ends `pmig serve` and all that it started leaves it alone.
     pub fn holder(id: Id) -> Result<Hold> {
@@ -219,6 +232,16 @@ impl Frozen {
     /// The process inside, if there is one.
     pub fn pid(&self) -> Result<Option<i32>> {
         self.0.pids().map(|p| p.first().copied())
+    }
+
+    /// Freezes it, whatever it was, without waiting until it is so.
+    pub fn stop(&self) -> Result<()> {
+        self.0.set_frozen(true)
+    }
+
+    /// Lets it run on, and keeps it open.
+    pub fn go_on(&self) -> Result<()> {
+        self.0.set_frozen(false)
     }
 
     /// Lets it run on.
@@ -543,7 +566,10 @@ pub fn sweep_empty() -> Result<()> {
         let name = entry.file_name();
         let ours = name
             .to_str()
-            .and_then(|n| n.strip_suffix("-target").or(n.strip_suffix("-holder")))
+            .and_then(|n| {
+                let ours = ["-target", "-holder", "-guard"];
+                ours.iter().find_map(|role| n.strip_suffix(role))
+            })
             .is_some_and(|id| id.parse::<Id>().is_ok());
         if !ours {
             continue;

@@ -9,7 +9,8 @@ use std::time::Duration;
 
 use crate::error::{Context, Error, Result};
 use crate::state::bounds::Bounds;
-use crate::state::memory::{apply, steps, Layout, Vma, BOTTOM, PAGE, TOP};
+use crate::state::memory::{apply, steps, Backing, Layout, Vma, BOTTOM, PAGE, TOP};
+use crate::sys::pagemap::{category, scan, Query};
 use crate::sys::ptrace::{self, Change};
 use crate::sys::spawn::Parent;
 use crate::sys::{pidfd, spawn};
@@ -210,6 +211,48 @@ impl Husk {
             self.stopped.run(b)?;
         }
         Ok(())
+    }
+
+    /// The anonymous mappings that a run which a peer names lies in.
+    ///
+    /// # Errors
+    /// There are others, or none, at a part of it.
+    pub fn anonymous(&self, run: &Range<u64>) -> Result<Vec<Range<u64>>> {
+        self.own(run)?;
+        let first = self.vmas.partition_point(|v| v.end <= run.start);
+        let within = self.vmas[first..].iter().take_while(|v| v.start < run.end);
+        within
+            .map(|v| match v.backing {
+                Backing::Anonymous => Ok(v.range()),
+                _ => Err(Error::bad(
+                    format!("memory {:x}-{:x}", run.start, run.end),
+                    "is not anonymous, and cannot follow later",
+                )),
+            })
+            .collect()
+    }
+
+    /// The first page of these runs that has content, if one has.
+    pub fn first_present(&self, runs: &[Range<u64>]) -> Result<Option<u64>> {
+        let path = format!("/proc/{}/pagemap", self.pid());
+        let pagemap = std::fs::File::open(&path).context("open", &path)?;
+        let there = category::PRESENT | category::SWAPPED;
+        let query = Query {
+            any: there,
+            tell: there,
+            ..Query::default()
+        };
+        let mut first = None;
+        for run in runs {
+            scan(&pagemap, run.start, run.end, query, |r| {
+                first = first.or(Some(r.start));
+            })
+            .context("scan the pages of", self.pid())?;
+            if first.is_some() {
+                break;
+            }
+        }
+        Ok(first)
     }
 
     /// Whether a run that a peer names lies in private mappings of the program.

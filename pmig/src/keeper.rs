@@ -25,8 +25,9 @@ use nix::unistd::{dup2_stdin, dup2_stdout, getppid, setsid, Pid};
 
 use crate::error::{Context, Error, Result};
 use crate::fault::{self, Role};
+use crate::fill;
 use crate::id::Id;
-use crate::journal::{run_dir, Armed, Folder, Stage};
+use crate::journal::{self, run_dir, Armed, Folder, Found, Stage};
 use crate::patience::{patience, KEEPER};
 use crate::phase::Phase;
 use crate::resolve::{self, Now};
@@ -268,13 +269,14 @@ pub fn run(id: Id, passage: [i32; 2]) -> Result<()> {
         if let Err(e) = resolve::complete_input(&armed, &passage) {
             tracing::warn!("what was typed for the program is lost: {e}");
         }
-        finish(&armed, &call, phase)?
+        Some(finish(&armed, &call, phase)?)
     };
     // Whoever reads pmig's output need not wait for what follows.
     dup2_stdout(&null).context("close", "the output")?;
     let ended = match held {
-        None => tell(&armed),
-        Some(why) => Err(Error::bad(
+        Some(Now::Serving) => serve(&armed),
+        None | Some(Now::RunsHere | Now::Moved | Now::Ended | Now::Rebooted) => tell(&armed),
+        Some(Now::Held { why }) => Err(Error::bad(
             format!("process {}", armed.record().pid),
             format!("stays held: {why}"),
         )),
@@ -313,8 +315,8 @@ fn end_of_pmig(armed: &Armed, pmig: Pid, call: &Call, phase: Phase) -> Result<bo
 }
 
 /// pmig is dead: ends the migration, and says in its place what became of the
-/// program. Returns why it stays held, if it does.
-fn finish(armed: &Armed, call: &Call, phase: Phase) -> Result<Option<String>> {
+/// program.
+fn finish(armed: &Armed, call: &Call, phase: Phase) -> Result<Now> {
     let record = armed.record();
     let (pid, there) = (record.pid, record.there());
     let what = match call {
@@ -326,6 +328,9 @@ fn finish(armed: &Armed, call: &Call, phase: Phase) -> Result<Option<String>> {
     let place = match &now {
         Now::RunsHere => format!("{pid} runs on here"),
         Now::Moved => format!("{pid} {there}"),
+        Now::Serving => format!(
+            "{pid} {there}; the part of its memory that is here still goes on being sent"
+        ),
         Now::Ended => format!("{pid} has ended"),
         Now::Held { why } => format!(
             "{pid} is held here, frozen and intact: {why}; see pmig resolve {}",
@@ -335,10 +340,37 @@ fn finish(armed: &Armed, call: &Call, phase: Phase) -> Result<Option<String>> {
     };
     // Nobody may be there to read it.
     let _ = writeln!(io::stdout(), "pmig: {what}\n{place}");
-    Ok(match now {
-        Now::Held { why } => Some(why),
-        _ => None,
-    })
+    Ok(now)
+}
+
+/// It runs at the target, and misses memory that is here still.
+fn serve(armed: &Armed) -> Result<()> {
+    fill::serve_until_whole(armed, None, &mut |_| Ok(()))?;
+    resolve::finish(armed, "it is served", patience(ASK_FOR), || {}).map(drop)
+}
+
+/// The same for a migration whose pmig and keeper died: a process that does nothing
+/// else.
+///
+/// # Errors
+/// There is nothing to send, or nobody to send it to.
+pub fn serve_memory(id: Id) -> Result<()> {
+    let _ = setsid();
+    let begun = Instant::now();
+    loop {
+        match journal::open_source(id)? {
+            Found::Mine(armed) => return serve(&armed),
+            Found::Busy if begun.elapsed() < START => {
+                std::thread::sleep(Duration::from_millis(50));
+            }
+            Found::Busy | Found::Missing => {
+                return Err(Error::bad(
+                    format!("migration {id}"),
+                    "is not to be had: somebody is at work on it, or nothing is known",
+                ))
+            }
+        }
+    }
 }
 
 /// If it was aborted, no husk shall stay held at the target.

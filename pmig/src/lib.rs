@@ -8,6 +8,7 @@ pub mod checkpoint;
 pub mod claim;
 pub mod error;
 pub mod fault;
+pub mod fill;
 pub mod hold;
 pub mod holder;
 pub mod husk;

@@ -17,18 +17,21 @@ pub enum Phase {
     Freeze,
     Ready,
     Commit,
+    /// Memory that was left behind follows.
+    Fill,
     Release,
 }
 
 impl Phase {
     /// In order.
-    pub const ALL: [Phase; 7] = [
+    pub const ALL: [Phase; 8] = [
         Phase::Hello,
         Phase::Build,
         Phase::Copy,
         Phase::Freeze,
         Phase::Ready,
         Phase::Commit,
+        Phase::Fill,
         Phase::Release,
     ];
 
@@ -41,6 +44,7 @@ impl Phase {
             Phase::Freeze => "freeze",
             Phase::Ready => "ready",
             Phase::Commit => "commit",
+            Phase::Fill => "fill",
             Phase::Release => "release",
         }
     }

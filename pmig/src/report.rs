@@ -45,6 +45,8 @@ pub enum Event {
     Round(Round),
     /// A round of the copy is over.
     RoundEnded(Round),
+    /// While memory follows that stayed behind, a few times a second.
+    Fill(Filling),
     /// Something a person should know that does not end the migration: a value
     /// that cannot be carried exactly, a slower backend than there might be.
     Note { text: String },
@@ -58,6 +60,9 @@ pub enum Event {
         /// One of the names of [`Outcome`].
         outcome: String,
         exit_code: u8,
+        /// How long it stood still, where it runs on here and was stopped.
+        #[serde(rename = "stopped_ms", with = "millis::option", default)]
+        stopped: Option<Duration>,
     },
 }
 
@@ -109,13 +114,35 @@ pub struct Round {
     pub eta: Option<Duration>,
 }
 
+/// Where memory stands that stayed behind at the freeze.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Filling {
+    /// Bytes that followed, and that there were.
+    pub bytes: u64,
+    pub of: u64,
+    #[serde(rename = "elapsed_ms", with = "millis")]
+    pub elapsed: Duration,
+    /// Bytes per second so far.
+    pub rate: u64,
+    /// Until nothing is missing.
+    #[serde(rename = "eta_ms", with = "millis::option")]
+    pub eta: Option<Duration>,
+}
+
 /// The freeze in its parts.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub struct Freeze {
+    /// When it began, from the command on.
+    #[serde(rename = "at_ms", with = "millis", default)]
+    pub at: Duration,
     /// First thread stopped at the source to the target's word that it resumed
     /// the last, by the source's clock.
     #[serde(rename = "total_ms", with = "millis")]
     pub total: Duration,
+    /// How wrong the total may be: as far as the two machines' clocks could not
+    /// be compared.
+    #[serde(rename = "clock_error_ms", with = "millis::option", default)]
+    pub clock_error: Option<Duration>,
     pub pages: u64,
     /// Bytes that crossed the wire within it.
     pub bytes: u64,
@@ -165,6 +192,12 @@ pub struct Summary {
     pub attach: Duration,
     /// By what it was told which pages are written, as of [`Facts`].
     pub tracking: String,
+    /// Bytes that stayed behind at the freeze, and how long after the resume the
+    /// last of them followed.
+    #[serde(default)]
+    pub left_behind: u64,
+    #[serde(rename = "filled_ms", with = "millis::option", default)]
+    pub filled: Option<Duration>,
     pub freeze: Freeze,
 }
 
@@ -286,6 +319,8 @@ mod tests {
             rounds: 2,
             attach: Duration::from_micros(300),
             tracking: "uffd".into(),
+            left_behind: 0,
+            filled: None,
             freeze,
         });
         let line = serde_json::to_string(&event).unwrap();

@@ -109,6 +109,23 @@ fn exit_codes_tell_what_happened() {
 }
 
 #[test]
+fn a_report_is_written_of_a_failure_too_and_its_place_is_tried_first() {
+    let world = World::new();
+    let nobody = format!("unix:{}", world.0.path().join("nobody").display());
+    let me = std::process::id().to_string();
+    let page = world.0.path().join("page.html");
+    let migrate = |page: &str| world.run(&["migrate", &me, &nobody, "--report", page]);
+    let (code, text) = migrate(page.to_str().unwrap());
+    assert!(code == 3 || code == 4, "{code}: {text}");
+    let page = std::fs::read_to_string(page).unwrap();
+    assert!(page.contains("runs on here") && page.ends_with("</html>\n"));
+    let (code, text) = migrate("/nowhere/page.html");
+    assert_eq!(code, 2, "{text}");
+    assert!(text.contains("/nowhere/page.html: No such file"), "{text}");
+    assert!(!text.contains("runs on here"), "{text}");
+}
+
+#[test]
 fn machines_are_described_for_people_and_for_programs() {
     let world = World::new();
     let (code, text) = world.run(&["check"]);

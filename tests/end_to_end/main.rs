@@ -11,6 +11,7 @@ mod hosts;
 mod listing;
 mod moving;
 mod refusing;
+mod reporting;
 mod surviving;
 mod terminals;
 mod tracking;
@@ -28,6 +29,7 @@ fn main() -> ExitCode {
     trials.extend(terminals::trials());
     trials.extend(holders::trials());
     trials.extend(refusing::trials());
+    trials.extend(reporting::trials());
     trials.extend(surviving::trials());
     trials.extend(faults::trials());
     run(trials)

@@ -56,6 +56,7 @@ pub fn connect(addr: &Addr) -> io::Result<Box<dyn Link>> {
 fn serve(path: &Path, mut link: Box<dyn Link>) -> Result<()> {
     match preface::accept(&mut *link)? {
         Kind::Migration => record::record(path, Wire::new(link)),
+        Kind::Fill => Err(Error::bad("a file", "leaves no memory behind")),
         Kind::Fate => question::serve(&mut *link, |q| fate::answer(path, q)),
     }
 }

@@ -140,7 +140,14 @@ fn hear(path: &Path, wire: &mut Wire) -> Result<()> {
                 awaits_input = last.descriptors.awaits_input();
                 writer.put(&message, raw)?;
             }
-            ToTarget::Hello(_) | ToTarget::Ping | ToTarget::Build | ToTarget::Rehearse(_) => {
+            ToTarget::Hello(_)
+            | ToTarget::Ping
+            | ToTarget::Build
+            | ToTarget::Rehearse(_)
+            | ToTarget::Postpone
+            | ToTarget::Later(_)
+            | ToTarget::Piece { .. }
+            | ToTarget::Resume { .. } => {
                 return Err(out_of_turn(&message))
             }
         }

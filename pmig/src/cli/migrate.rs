@@ -6,13 +6,19 @@ use pmig::transport::Addr;
 use pmig::{interrupt, resolve, source};
 
 use super::check::{comm, refusal};
+use super::machine::hostname;
 use super::output::error_line;
+use super::page::{page, Kept, Sheet, Told};
 use super::show::{time, Json, Plain, Terminal};
-use super::{files, lines, say, Dump, Exit, Migrate};
+use super::{files, lines, say, Dump, Exit, Migrate, Report};
 
 pub fn run(args: &Migrate) -> Exit {
     match args.insecure.allows(&args.addr) {
-        Ok(()) => go(args.pid, &args.addr, &args.how.options(), args.json),
+        Ok(()) => {}
+        Err(exit) => return exit,
+    }
+    match sheet(&args.report) {
+        Ok(sheet) => go(args.pid, &args.addr, &args.how.options(), args.json, sheet),
         Err(exit) => exit,
     }
 }
@@ -34,16 +40,42 @@ pub fn dump(args: &Dump) -> Exit {
         ));
         return Exit::Usage;
     }
-    go(args.pid, &Addr::File(file), &args.options(), args.json)
+    match sheet(&args.report) {
+        // The page is written last: it would be all that is left of the program.
+        Ok(Some(sheet)) if sheet.is(&file) => {
+            say(&Error::bad(
+                file.display(),
+                "cannot be both the program's file and the report",
+            ));
+            Exit::Usage
+        }
+        Ok(sheet) => go(
+            args.pid,
+            &Addr::File(file),
+            &args.options(),
+            args.json,
+            sheet,
+        ),
+        Err(exit) => exit,
+    }
 }
 
-fn go(pid: i32, addr: &Addr, options: &source::Options, json: bool) -> Exit {
+/// The place of a report, which must be able to take one.
+fn sheet(report: &Report) -> Result<Option<Sheet>, Exit> {
+    let sheet = report.file.as_deref().map(Sheet::prepare).transpose();
+    sheet.map_err(|e| {
+        say(&e);
+        Exit::Usage
+    })
+}
+
+fn go(pid: i32, addr: &Addr, options: &source::Options, json: bool, sheet: Option<Sheet>) -> Exit {
     if let Err(e) = interrupt::listen() {
         say(&e);
         return Exit::Other;
     }
     resolve::sweep(&files::Shipped);
-    let mut progress: Box<dyn Progress> = if json {
+    let usual: Box<dyn Progress> = if json {
         Box::new(Json::new())
     } else if io::stdout().is_terminal() {
         Box::new(Terminal::new())
@@ -52,17 +84,55 @@ fn go(pid: i32, addr: &Addr, options: &source::Options, json: bool) -> Exit {
     };
     // It may be gone later.
     let name = comm(pid);
-    match source::migrate(pid, addr, options, &mut *progress) {
-        Ok(_) => Exit::Done,
+    let mut progress = Kept::new(usual, sheet);
+    let (exit, said) = match source::migrate(pid, addr, options, &mut progress) {
+        Ok(_) => (Exit::Done, Vec::new()),
         Err(failure) => {
             let exit = exit_of(&failure);
             progress.event(&event_of(&failure, exit));
-            for line in explain((pid, addr), &name, &failure) {
-                error_line(&line);
-            }
-            exit
+            let said = explain((pid, addr), &name, &failure);
+            said.iter().for_each(|line| error_line(line));
+            (exit, said)
+        }
+    };
+    if let Some(sheet) = &progress.sheet {
+        let told = Told {
+            pid,
+            name,
+            from: hostname(),
+            to: addr.host(),
+            addr: addr.to_string(),
+            asked: asked(addr, options),
+            begun: progress.begun,
+            heard: &progress.heard,
+            said,
+        };
+        if let Err(e) = sheet.write(&page(&told)) {
+            say(&e);
         }
     }
+    exit
+}
+
+/// What was asked for, for the report.
+fn asked(addr: &Addr, options: &source::Options) -> Vec<(&'static str, String)> {
+    let mode = match (addr, options.stays) {
+        (Addr::File(_), true) => "to a file; it runs on here too",
+        (Addr::File(_), false) => "to a file",
+        _ => "to another machine",
+    };
+    let files = match options.ship {
+        true => "travel along where they have to",
+        false => "are to be there already",
+    };
+    vec![
+        ("mode", mode.into()),
+        ("files", files.into()),
+        (
+            "freeze aimed at",
+            format!("{} at most", time(options.max_freeze)),
+        ),
+    ]
 }
 
 fn exit_of(failure: &Failure) -> Exit {
@@ -83,6 +153,10 @@ fn event_of(failure: &Failure, exit: Exit) -> Event {
         },
         outcome: failure.outcome.name().into(),
         exit_code: exit as u8,
+        stopped: match failure.outcome {
+            Outcome::RunsOn { stopped } => Some(stopped),
+            _ => None,
+        },
     }
 }
 

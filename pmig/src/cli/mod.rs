@@ -7,6 +7,7 @@ mod inspect;
 mod machine;
 mod migrate;
 mod output;
+mod page;
 mod ps;
 mod resolve;
 mod restore;
@@ -22,6 +23,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use pmig::error::Error;
+use pmig::fill;
 use pmig::holder;
 use pmig::id::Id;
 use pmig::keeper;
@@ -109,6 +111,13 @@ enum Command {
     /// One migration's keeper: its line to pmig is standard input.
     #[command(hide = true)]
     Keeper { id: Id, read: i32, write: i32 },
+    /// Holds what a program needs that misses memory: its line to who fills it is
+    /// standard input.
+    #[command(hide = true)]
+    Guard { id: Id },
+    /// Sends memory that stayed here, for a migration whose pmig and keeper died.
+    #[command(hide = true)]
+    ServeMemory { id: Id },
     /// A program's parent, which holds its terminals: its line to whoever begins
     /// it is standard input.
     #[command(hide = true)]
@@ -161,9 +170,20 @@ pub struct Migrate {
     insecure: Insecure,
     #[command(flatten)]
     how: How,
+    #[command(flatten)]
+    report: Report,
     /// Print every event as a line of JSON.
     #[arg(long)]
     json: bool,
+}
+
+/// Where the page about it goes.
+#[derive(Debug, Args)]
+pub struct Report {
+    /// Write a page about how it went, for a browser or for paper, in place of
+    /// a file of that name: what took how long, and where the program is.
+    #[arg(long = "report", value_name = "FILE.html")]
+    file: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]
@@ -181,6 +201,8 @@ pub struct Dump {
     leave_running: bool,
     #[command(flatten)]
     capture: Capture,
+    #[command(flatten)]
+    report: Report,
     /// Print every event as a line of JSON.
     #[arg(long)]
     json: bool,
@@ -224,13 +246,29 @@ pub struct How {
     /// are missing there or open for writing here.
     #[arg(long, value_enum, default_value_t = Files::Check)]
     files: Files,
+    /// When memory travels: before the program stops, again and again (`pre`); while
+    /// it stands still (`stop`); when it runs at the target, what it touches first
+    /// (`post`); once before and what was written since after it (`hybrid`); or
+    /// before, and after it only what the program writes faster than the link carries
+    /// (`auto`).
+    #[arg(long, value_enum, default_value_t = Mode::Auto)]
+    mode: Mode,
     #[command(flatten)]
     capture: Capture,
 }
 
 impl How {
     fn options(&self) -> source::Options {
-        self.capture.options(self.files == Files::Ship)
+        source::Options {
+            mode: match self.mode {
+                Mode::Auto => source::Mode::Auto,
+                Mode::Stop => source::Mode::Stop,
+                Mode::Pre => source::Mode::Pre,
+                Mode::Post => source::Mode::Post,
+                Mode::Hybrid => source::Mode::Hybrid,
+            },
+            ..self.capture.options(self.files == Files::Ship)
+        }
     }
 }
 
@@ -264,6 +302,7 @@ impl Capture {
             tracking: self.dirty_tracking,
             ship,
             max_freeze: self.max_freeze,
+            mode: source::Mode::Pre,
             stays: false,
         }
     }
@@ -273,6 +312,15 @@ impl Capture {
 pub enum Files {
     Check,
     Ship,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Mode {
+    Auto,
+    Stop,
+    Pre,
+    Post,
+    Hybrid,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -369,6 +417,9 @@ pub struct Session {
     /// The file that stands for it, if one does.
     #[arg(long)]
     file: Option<PathBuf>,
+    /// It comes with memory that it left behind.
+    #[arg(long)]
+    fill: bool,
 }
 
 /// Does what the command line says.
@@ -394,6 +445,20 @@ pub fn run() -> ExitCode {
         Command::Holder => match holder::run() {
             Ok(()) => Exit::Done,
             Err(_) => Exit::Other,
+        },
+        Command::Guard { id } => match fill::run_guard(id) {
+            Ok(()) => Exit::Done,
+            Err(e) => {
+                tracing::error!("{e}");
+                Exit::Other
+            }
+        },
+        Command::ServeMemory { id } => match keeper::serve_memory(id) {
+            Ok(()) => Exit::Done,
+            Err(e) => {
+                tracing::error!("{e}");
+                Exit::Unresolved
+            }
         },
         Command::Keeper { id, read, write } => match keeper::run(id, [read, write]) {
             Ok(()) => Exit::Done,

@@ -117,7 +117,7 @@ fn restore(args: &Restore, verbose: Verbose) -> Result<Played, Unrestored> {
         0 => Stdio::null(),
         _ => Stdio::inherit(),
     };
-    let mut child = session::start(theirs, Some(&args.file), verbose, log)?;
+    let mut child = session::start(theirs, session::What::File(&args.file), verbose, log)?;
     let (question, whom) = (player.question(), player.whom());
     let played = player.play(ours);
     if played.is_ok() {

@@ -14,6 +14,7 @@ use pmig::resolve;
 use pmig::transport::{Link, Listener};
 
 use super::output::error_line;
+use super::session::What;
 use super::{files, say, session, Exit, Serve, Verbose};
 
 /// Connections looked after at once; more wait until one of them ends.
@@ -98,25 +99,29 @@ fn greet(
 ) -> Result<()> {
     match preface::accept(&mut *link)? {
         Kind::Fate => fate::serve(&mut *link, |q| resolve::answer(q, &files::Shipped)),
-        Kind::Migration => {
+        kind @ (Kind::Migration | Kind::Fill) => {
             drop(greeting);
             if sessions.load(Ordering::Relaxed) >= MAX_SESSIONS {
                 tracing::warn!("{MAX_SESSIONS} migrations are on their way here; refusing another");
                 return Ok(());
             }
             let _session = Counted::new(sessions);
-            receive(link, verbose)
+            let what = match kind {
+                Kind::Fill => What::Fill,
+                _ => What::Migration,
+            };
+            receive(link, what, verbose)
         }
     }
 }
 
 /// Hands a connection to a process of its own, which lives on if this one dies,
 /// and waits for its end.
-fn receive(link: Box<dyn Link>, verbose: Verbose) -> Result<()> {
+fn receive(link: Box<dyn Link>, what: What<'_>, verbose: Verbose) -> Result<()> {
     let peer = link.peer();
-    let mut child = session::start(link, None, verbose, Stdio::inherit())?;
+    let mut child = session::start(link, what, verbose, Stdio::inherit())?;
     let status = child.wait().context("wait for", "a session")?;
-    if !status.success() {
+    if !status.success() || matches!(what, What::Fill) {
         tracing::info!("the session with {} ended with {status}", printable(&peer));
         resolve::sweep_arrivals(&files::Shipped);
     }

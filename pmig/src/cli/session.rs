@@ -9,7 +9,7 @@ use pmig::error::{Context, Result};
 use pmig::protocol::Wire;
 use pmig::sys::inherit::close_from;
 use pmig::transport::Link;
-use pmig::{target, transport};
+use pmig::{fill, target, transport};
 
 use super::{lines, Exit, Session, Verbose};
 
@@ -24,12 +24,21 @@ pub fn run(args: &Session) -> Exit {
     }
 }
 
+/// What a session is for.
+#[derive(Debug, Clone, Copy)]
+pub enum What<'a> {
+    Migration,
+    /// The same, and what stands for the other side.
+    File(&'a Path),
+    /// Memory that a migration left behind.
+    Fill,
+}
+
 /// Hands a connection to a process of its own, which lives on if this one dies.
 /// Its warnings go to `log`.
-/// `file`: what stands for the other side, if it is one.
 pub fn start(
     link: Box<dyn Link>,
-    file: Option<&Path>,
+    what: What<'_>,
     verbose: Verbose,
     log: Stdio,
 ) -> Result<Child> {
@@ -46,8 +55,10 @@ pub fn start(
         .stdin(fd)
         .stdout(Stdio::null())
         .stderr(log);
-    if let Some(file) = file {
-        command.arg("--file").arg(file);
+    match what {
+        What::Migration => {}
+        What::File(file) => drop(command.arg("--file").arg(file)),
+        What::Fill => drop(command.arg("--fill")),
     }
     if verbose.level > 0 {
         command.arg(format!("-{}", "v".repeat(verbose.level.into())));
@@ -72,5 +83,8 @@ fn session(args: &Session) -> Result<()> {
         file: args.file.clone(),
         ..target::Options::open()?
     };
+    if args.fill {
+        return fill::take_over(&mut Wire::new(link));
+    }
     target::session(Wire::new(link), &options)
 }

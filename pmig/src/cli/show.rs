@@ -155,9 +155,14 @@ fn lines(event: &Event) -> Vec<String> {
             }
             vec![row(&name, &what, &took)]
         }
+        Event::Ended {
+            phase: Phase::Fill,
+            what,
+            elapsed,
+        } => vec![row("fill", what, &time(*elapsed))],
         Event::Note { text } => vec![row("note", &printable(text), "")],
         Event::Done(summary) => done(summary),
-        Event::Phase { .. } | Event::Ended { .. } | Event::Round(_) | Event::Failed { .. } => {
+        Event::Phase { .. } | Event::Ended { .. } | Event::Round(_) | Event::Fill(_) | Event::Failed { .. } => {
             Vec::new()
         }
     }
@@ -211,7 +216,8 @@ fn done(s: &Summary) -> Vec<String> {
     ]
 }
 
-fn end(s: &Summary) -> String {
+/// What became of the program, in one line.
+pub fn end(s: &Summary) -> String {
     let (to, pid, took, sent) = (printable(&s.to), s.pid, time(s.total), size(s.bytes_sent));
     match s.end {
         End::Moved => format!("running on {to} as {pid}, {took} after you asked; {sent} sent"),
@@ -372,6 +378,8 @@ mod tests {
                 rounds: 2,
                 attach: Duration::from_micros(300),
                 tracking: "uffd".into(),
+                left_behind: 0,
+                filled: None,
                 freeze,
             }),
         ];

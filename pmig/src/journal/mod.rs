@@ -15,6 +15,8 @@
 //! | `ended` | target: how the program ended | by its holder |
 //! | `files` | target: what is to be renamed at the commit | before Ready |
 //! | `input` | source: what was typed for the program and taken away | in the freeze |
+//! | `serves` | source: memory is to be sent after the commit | before the freeze |
+//! | `fill` | target: memory may be missing | before Ready |
 //! | `lock` | held shared by all who work on it | |
 //!
 //! After the freeze nothing is synced: a record need only outlive the death of

@@ -170,6 +170,21 @@ impl Armed {
         read(&self.0.folder, "input")
     }
 
+    /// Notes that memory may stay behind, and is to be sent after the commit.
+    pub fn note_serving(&self) -> Result<()> {
+        self.0.folder.replace("serves", b"{}\n", false)
+    }
+
+    /// Whether memory that stayed behind is needed still: what is held must not go.
+    pub fn serving(&self) -> Result<bool> {
+        self.0.folder.has("serves")
+    }
+
+    /// All of it was sent.
+    pub fn served(&self) -> Result<()> {
+        self.0.folder.forget("serves")
+    }
+
     pub fn stage(&self) -> Result<Stage> {
         Ok(match self.state()? {
             None => Stage::Armed(self.clone()),

@@ -91,6 +91,11 @@ impl Husk {
         self.0.folder.replace("files", &json(files)?, false)
     }
 
+    /// Notes that memory may be missing when it runs. Before that.
+    pub fn note_filling(&self) -> Result<()> {
+        self.0.folder.replace("fill", b"{}\n", false)
+    }
+
     /// Records COMMITTED for the order of the source, unless ABORTED won
     /// before; says which stands.
     ///
@@ -201,6 +206,24 @@ impl Committed {
     /// What [`Husk::note_files`] noted.
     pub fn files(&self) -> Result<Option<serde_json::Value>> {
         read(&self.0.folder, "files")
+    }
+
+    /// Freezes it again, if it is still there.
+    pub fn stop(&self) -> Result<bool> {
+        match Frozen::open(&self.record().place)? {
+            Some(program) if program.populated()? => program.stop().map(|()| true),
+            _ => Ok(false),
+        }
+    }
+
+    /// Whether memory of the program may still be missing.
+    pub fn filling(&self) -> Result<bool> {
+        self.0.folder.has("fill")
+    }
+
+    /// Nothing is missing any more.
+    pub fn filled(&self) -> Result<()> {
+        self.0.folder.forget("fill")
     }
 
     pub fn settled(&self) -> Result<bool> {

@@ -14,8 +14,10 @@
 //!   Layout, Pages, Drops, Block, PassEnd >     any number, then
 //!   RoundEnd --------------------------->
 //!         <-------------------- RoundDone
+//!   Postpone --------------------------->      if memory is to follow later
+//!         <-------------------- Postponed
 //!      (the program is stopped)
-//!   Files, Layout, Drops, Final -------->      all but what was written last,
+//!   Files, Layout, Drops, Later, Final ->      all but what was written last,
 //!   Pages, Block, Complete ------------->      which comes meanwhile
 //!   Typed ------------------------------>      if it has a terminal
 //!         <------------------------ Ready      only a thaw is left
@@ -23,7 +25,13 @@
 //!   Commit ----------------------------->      COMMITTED is recorded, thaw
 //!         <-------------------- Committed
 //!   Pictures, Late --------------------->      what came meanwhile
+//!         <------------------------- Want      if memory was left behind, until
+//!   Piece ------------------------------>      nothing is missing
+//!         <------------------------ Whole
 //! ```
+//!
+//! What is left behind may also be asked for over another connection, which begins
+//! with Resume.
 //!
 //! Instead of any answer the target may say Refused or Failed, and closes.
 
@@ -84,6 +92,23 @@ pub enum ToTarget {
     /// Signals that were sent to the copy at the source since it was captured,
     /// as a mask.
     Late(u64),
+    /// Some of memory is to stay behind at the freeze and to follow when the program
+    /// runs.
+    Postpone,
+    /// Runs of pages, first address and end, that follow later. The target has
+    /// nothing of them.
+    Later(Vec<(u64, u64)>),
+    /// What was wanted; its content follows unless it is all zeros.
+    Piece {
+        start: u64,
+        len: u32,
+        zero: bool,
+    },
+    /// The first message of another connection for what stayed behind.
+    Resume {
+        id: Id,
+        secret: Secret,
+    },
     /// Instead of Commit, to a file only: it is to stay, though the program runs
     /// on at the source.
     Keep,
@@ -95,6 +120,9 @@ impl ToTarget {
         match self {
             ToTarget::Pages(runs) => runs.iter().map(|(_, len)| u64::from(*len)).sum(),
             ToTarget::Block { len, .. } => u64::from(*len),
+            ToTarget::Piece {
+                len, zero: false, ..
+            } => u64::from(*len),
             _ => 0,
         }
     }
@@ -129,6 +157,13 @@ pub enum ToSource {
         /// The target's clock right after the thaw.
         at: Reading,
     },
+    /// Memory may stay behind.
+    Postponed,
+    /// Runs of pages that stayed behind, first address and bytes, to be sent one by
+    /// one in this order.
+    Want(Vec<(u64, u32)>),
+    /// Nothing is missing any more.
+    Whole,
     /// What went wrong there, as text.
     Failed(String),
 }

@@ -22,6 +22,8 @@ pub enum Kind {
     Migration,
     /// The fate of a migration: see [`super::fate`].
     Fate,
+    /// Memory that a migration left behind: see [`crate::protocol::message`].
+    Fill,
 }
 
 impl Kind {
@@ -29,6 +31,7 @@ impl Kind {
         match self {
             Kind::Migration => 1,
             Kind::Fate => 2,
+            Kind::Fill => 3,
         }
     }
 }
@@ -64,7 +67,7 @@ pub fn accept(link: &mut dyn Link) -> Result<Kind> {
     read_by(link, &mut head, until)?;
     let (version, number) =
         parse(&head).ok_or_else(|| Error::bad(link.peer(), "does not speak pmig's protocol"))?;
-    let kind = [Kind::Migration, Kind::Fate]
+    let kind = [Kind::Migration, Kind::Fate, Kind::Fill]
         .into_iter()
         .find(|k| k.number() == number && version == VERSION);
     write_by(link, &words(VERSION, kind.map_or(0, Kind::number)), until)?;
@@ -151,7 +154,7 @@ pub(super) mod tests {
 
     #[test]
     fn two_pmigs_agree_on_what_a_connection_is_for() {
-        for kind in [Kind::Migration, Kind::Fate] {
+        for kind in [Kind::Migration, Kind::Fate, Kind::Fill] {
             let (mut a, mut b) = pair();
             std::thread::scope(|s| {
                 let heard = s.spawn(move || accept(&mut *b).unwrap());

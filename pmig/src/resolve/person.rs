@@ -3,6 +3,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use serde::Serialize;
 
 use super::{source, target, Files, Now};
+use crate::fill;
 use crate::error::{printable, Error, Result};
 use crate::id::Id;
 use crate::journal::{self, Armed, Fate, Found, Husk, Record, Role, Stage};
@@ -182,6 +183,15 @@ fn resolve_source(armed: &Armed, how: How) -> Result<Resolved> {
             now = source::act(armed, &verdict)?;
         }
     }
+    if now == Now::Serving {
+        now = match how {
+            How::Drop => source::give_up_memory(armed)?,
+            _ => {
+                fill::serve_in_background(record.id)?;
+                now
+            }
+        };
+    }
     let (resolved, text) = match now {
         Now::RunsHere if by_hand => (
             true,
@@ -209,6 +219,14 @@ fn resolve_source(armed: &Armed, how: How) -> Result<Resolved> {
                 "{name} stays held here, frozen: {why}\n\
                  unless it {there}:            pmig resolve {id} --run-here\n\
                  if you know that it {there}:  pmig resolve {id} --drop",
+                id = record.id
+            ),
+        ),
+        Now::Serving => (
+            false,
+            format!(
+                "{name} {there}, and part of its memory is still here; it is being sent\n\
+                 if it is not wanted any more:   pmig resolve {id} --drop",
                 id = record.id
             ),
         ),

@@ -3,6 +3,7 @@ use std::time::{Duration, Instant};
 use super::input::give_input_back;
 use crate::checkpoint;
 use crate::error::{Error, Result};
+use crate::fill;
 use crate::hold::Frozen;
 use crate::id::Id;
 use crate::journal::{self, Armed, Committing, Found, Record, Stage, Verdict};
@@ -20,6 +21,9 @@ pub enum Now {
     RunsHere,
     /// It runs at the target; what was held here is gone.
     Moved,
+    /// It runs at the target, and memory that is held here is still to be sent
+    /// ([`crate::fill`]).
+    Serving,
     /// It is held here, frozen, and why nothing more can be done.
     Held { why: String },
     /// It ended, or somebody killed it.
@@ -167,6 +171,9 @@ pub(super) fn act(armed: &Armed, verdict: &Verdict) -> Result<Now> {
         }
         Verdict::Moved { .. } => {
             if let Some(held) = held {
+                if armed.serving()? && !verdict.is_by_hand() && held.populated()? {
+                    return Ok(Now::Serving);
+                }
                 held.kill()?;
             }
             Now::Moved
@@ -177,6 +184,16 @@ pub(super) fn act(armed: &Armed, verdict: &Verdict) -> Result<Now> {
         checkpoint::forget(addr, record.id);
     }
     Ok(now)
+}
+
+/// Ends what is held here though memory of it may be missing at the target: a
+/// person said so.
+pub(super) fn give_up_memory(armed: &Armed) -> Result<Now> {
+    armed.served()?;
+    match armed.stage()? {
+        Stage::Decided(_, verdict) => act(armed, &verdict),
+        _ => Err(Error::bad("migration", "is not decided")),
+    }
 }
 
 fn here(record: &Record) -> Now {
@@ -197,6 +214,11 @@ pub(super) fn sweep_one(id: Id) -> Result<()> {
     let why = "its pmig and its keeper died";
     let now = finish(&armed, why, Duration::ZERO, || {})?;
     tracing::info!("migration {id} of {}: {now:?}", armed.record().pid);
+    if now == Now::Serving {
+        // It takes the record over.
+        drop(armed);
+        return fill::serve_in_background(id);
+    }
     if now == Now::RunsHere {
         // The target may be long gone, and it was told by then or never will be.
         let _ = abandon(armed.record(), Duration::ZERO);

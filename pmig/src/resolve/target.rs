@@ -24,7 +24,10 @@ fn try_answer(question: &Question, files: &dyn Files) -> Result<Answer> {
         Fate::Aborted(aborted) => Answer::NeverRan(undo(&aborted, files)?),
         Fate::Committed(committed) => {
             if !committed.settled()? {
-                committed.thaw_again()?;
+                // What misses memory is thawed by who fills it.
+                if !committed.filling()? {
+                    committed.thaw_again()?;
+                }
                 let id = committed.record().id;
                 // A living session sees to the files itself.
                 if let Found::Mine(_lock) = journal::open_target(id)? {
@@ -40,6 +43,13 @@ fn try_answer(question: &Question, files: &dyn Files) -> Result<Answer> {
 
 /// Lets it run and puts its files in their places, or does so again.
 pub(super) fn finish(committed: &Committed, files: &dyn Files) -> Result<()> {
+    if committed.filling()? && committed.stop()? {
+        return Err(Error::bad(
+            format!("process {}", committed.record().pid),
+            "misses memory, and both who filled it are dead; it is frozen, for what it would \
+             read is not what it wrote",
+        ));
+    }
     committed.thaw_again()?;
     if let Some(noted) = committed.files()? {
         files.finish(&noted)?;

@@ -8,6 +8,7 @@
 
 mod files;
 mod last;
+mod later;
 mod notes;
 mod rehearse;
 mod send;
@@ -48,6 +49,7 @@ use crate::sys::memory::keep_in;
 use crate::tracee::{Ground, Stopped};
 use crate::transport::Addr;
 use files::SourceFiles;
+use later::Outlook;
 pub use notes::notes;
 use undo::{abandon, has_ended};
 
@@ -69,8 +71,26 @@ pub struct Options {
     pub ship: bool,
     /// How long the program may stand still for the last pages.
     pub max_freeze: Duration,
+    pub mode: Mode,
     /// It runs on here: only to a file.
     pub stays: bool,
+}
+
+/// When memory travels.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Mode {
+    /// Before the freeze; what the program writes faster than the link carries, after
+    /// it.
+    #[default]
+    Auto,
+    /// While the program stands still.
+    Stop,
+    /// Before the freeze, again and again.
+    Pre,
+    /// After it, when the program asks for it.
+    Post,
+    /// Once before, and what was written since after it.
+    Hybrid,
 }
 
 /// Moves a process to the pmig at `addr`.
@@ -180,6 +200,11 @@ struct Run<'a> {
     last_table: Option<FdTable>,
     /// As captured, and what is pending now.
     signals: Option<(Signals, Pending)>,
+    /// Memory may stay behind at the freeze.
+    postponed: bool,
+    /// Bytes that did, and how long they took to follow.
+    left_behind: u64,
+    filled: Option<Duration>,
 }
 
 /// What exists from the build on, and must be undone.
@@ -216,7 +241,10 @@ impl<'a> Run<'a> {
             return Err(Error::Refused(obstacles));
         }
         let backend = Backend::choose(options.pcb)?;
-        let tracking = options.tracking.candidates()?;
+        let tracking = match options.mode {
+            Mode::Stop => vec![Tracking::None],
+            _ => options.tracking.candidates()?,
+        };
         let mut descriptors = FdWatch::new(pid)?;
         let table = descriptors.look(Beat::Running)?;
         let layout = Layout::capture(pid, &[])?;
@@ -307,6 +335,9 @@ impl<'a> Run<'a> {
             holder: None,
             last_table: None,
             signals: None,
+            postponed: false,
+            left_behind: 0,
+            filled: None,
         };
         if !ask_only {
             run.compare_clocks()?;
@@ -382,10 +413,11 @@ impl<'a> Run<'a> {
         self.rehearse()?;
         let mut smallest = u64::MAX;
         let mut worse = 0;
+        let mut budget = 0;
         let mut last_look = None;
         loop {
             let looked = Instant::now();
-            let found = b.tracker.look()?;
+            let mut found = b.tracker.look()?;
             let table = self.descriptors.look(Beat::Running)?;
             if table.reads_past_the_cache() {
                 b.tracker.distrust();
@@ -397,15 +429,6 @@ impl<'a> Run<'a> {
                 last_look.map(|then: Instant| send::per_second(bytes, looked.duration_since(then)));
             last_look = Some(looked);
             self.rounds += 1;
-            let rate = self.round(&mut b.tracker, &found, dirty_rate)?;
-            fault::point(Phase::Copy, Role::Source, || self.wire.link().cut());
-            if !b.tracker.tracks() {
-                break;
-            }
-            let budget = (rate as f64 * self.options.max_freeze.as_secs_f64() / 2.0) as u64;
-            if self.rounds > 1 && bytes <= budget.max(16 * PAGE) {
-                break;
-            }
             // Rounds that do not shrink lead nowhere.
             worse = if bytes as f64 > smallest as f64 * 0.9 {
                 worse + 1
@@ -413,6 +436,26 @@ impl<'a> Run<'a> {
                 0
             };
             smallest = smallest.min(bytes);
+            let outlook = Outlook {
+                round: self.rounds,
+                bytes,
+                budget,
+                stuck: worse > 0 || self.rounds >= MOST_ROUNDS || !b.tracker.tracks(),
+            };
+            if self.is_left_behind(&outlook) {
+                self.postpone(b)?;
+                b.tracker.postpone(&mut found, &[]);
+            }
+            let rate = self.round(&mut b.tracker, &found, dirty_rate)?;
+            fault::point(Phase::Copy, Role::Source, || self.wire.link().cut());
+            if !b.tracker.tracks() || self.postponed {
+                break;
+            }
+            budget = (rate as f64 * self.options.max_freeze.as_secs_f64() / 2.0) as u64;
+            budget = budget.max(16 * PAGE);
+            if self.rounds > 1 && bytes <= budget {
+                break;
+            }
             if worse >= 3 || self.rounds >= MOST_ROUNDS {
                 self.progress.event(&Event::Note {
                     text: format!(
@@ -459,7 +502,10 @@ impl<'a> Run<'a> {
         self.part("stop");
         fault::point(Phase::Freeze, Role::Source, || self.wire.link().cut());
 
-        let found = b.tracker.last_look()?;
+        let mut found = b.tracker.last_look()?;
+        if self.postponed {
+            self.leave_behind(b, &stopped, &mut found)?;
+        }
         self.part("scan");
         let mut descriptors = self.descriptors.look(Beat::Stopped)?;
         self.descriptors.ask(&mut descriptors, &mut stopped)?;
@@ -467,6 +513,7 @@ impl<'a> Run<'a> {
         self.part("descriptors");
         self.send_layout(&b.tracker, &found)?;
         self.send_drops(&found)?;
+        self.send_later(b)?;
         let pending = Pending::of(self.pid)?;
         let context = CaptureContext {
             watch: &b.restart,
@@ -583,9 +630,6 @@ impl<'a> Run<'a> {
         resumed: Result<Reading>,
         begun: Instant,
     ) -> std::result::Result<Summary, Failure> {
-        self.begin(Phase::Release);
-        let _ = b.keeper.enter(Phase::Release);
-        fault::point(Phase::Release, Role::Source, || self.wire.link().cut());
         let id = self.id.to_string();
         let held = match resumed {
             Ok(at) => Some((at, frozen)),
@@ -601,7 +645,7 @@ impl<'a> Run<'a> {
                     patience(FATE_PATIENCE),
                     tick,
                 ) {
-                    Ok(Now::Moved) => None,
+                    Ok(Now::Moved | Now::Serving) => None,
                     Ok(Now::RunsHere) => Some(Outcome::RunsOn {
                         stopped: self.stood_still(Reading::now()),
                     }),
@@ -622,7 +666,7 @@ impl<'a> Run<'a> {
         let at = held
             .as_ref()
             .map(|(at, _)| at.minus(self.difference.value()));
-        let summary = self.summary(id.clone(), begun, at);
+        let mut summary = self.summary(id.clone(), begun, at);
         if held.is_some() {
             if !matches!(self.addr, Addr::File(_)) {
                 self.send_pictures();
@@ -632,6 +676,19 @@ impl<'a> Run<'a> {
         if !matches!(self.addr, Addr::File(_)) {
             self.note_left_behind();
         }
+        if b.armed.serving().unwrap_or(false) {
+            if let Err(error) = self.fill(&mut b) {
+                // The keeper does it.
+                return Err(Failure {
+                    error: self.unfilled(error),
+                    outcome: Outcome::Moved { id },
+                });
+            }
+            (summary.filled, summary.bytes_sent) = (self.filled, self.wire.sent);
+        }
+        self.begin(Phase::Release);
+        let _ = b.keeper.enter(Phase::Release);
+        fault::point(Phase::Release, Role::Source, || self.wire.link().cut());
         if let Some((_, frozen)) = held {
             if let Err(error) = committing.release(frozen) {
                 return Err(Failure {

@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::{answer, unexpected, Run};
+use super::{answer, unexpected, Mode, Run};
 use crate::error::Result;
 use crate::phase::Phase;
 use crate::protocol::message::{Ready, ToSource, ToTarget};
@@ -22,6 +22,10 @@ impl Run<'_> {
     pub(super) fn summary(&mut self, id: String, begun: Instant, at: Option<Reading>) -> Summary {
         if let Some(at) = at {
             self.freeze.total = self.stood_still(at);
+            self.freeze.at = begun
+                .elapsed()
+                .saturating_sub(self.stood_still(Reading::now()));
+            self.freeze.clock_error = Some(Duration::from_nanos(self.difference.error() as u64));
             let known: Duration = self.freeze.parts.iter().map(|p| p.time).sum();
             self.freeze
                 .add("resume", self.freeze.total.saturating_sub(known));
@@ -41,6 +45,8 @@ impl Run<'_> {
             rounds: self.rounds,
             attach: self.attach,
             tracking: self.tracking[0].name().into(),
+            left_behind: self.left_behind,
+            filled: None,
             freeze: self.freeze.clone(),
         }
     }
@@ -85,7 +91,8 @@ impl Run<'_> {
 
     /// The end of the build: by which means the program is followed.
     pub(super) fn built(&mut self, tracking: Tracking, begun: Instant) {
-        if tracking == Tracking::None && self.options.tracking == TrackingChoice::Auto {
+        let asked_for = self.options.tracking != TrackingChoice::Auto;
+        if tracking == Tracking::None && self.options.mode == Mode::Pre && !asked_for {
             self.progress.event(&Event::Note {
                 text: "this kernel cannot tell which pages are written: all memory is copied \
                        while the program stands still"

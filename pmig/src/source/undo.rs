@@ -141,7 +141,7 @@ impl Run<'_> {
                         stopped: since.elapsed(),
                     },
                     Ok(Now::Ended) => Outcome::Ended,
-                    Ok(Now::Moved) => Outcome::Moved {
+                    Ok(Now::Moved | Now::Serving) => Outcome::Moved {
                         id: self.id.to_string(),
                     },
                     _ => unresolved(),

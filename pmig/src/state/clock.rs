@@ -129,8 +129,8 @@ pub struct Namespace {
 }
 
 impl Namespace {
-    /// Works once in a process, in its main thread, which can have no children
-    /// from then on that are not in it.
+    /// For the main thread of a process, whose children are in it from then on; the
+    /// first of them fixes its clocks, and another one has to be made.
     ///
     /// # Errors
     /// Those of unshare(2) and of procfs.

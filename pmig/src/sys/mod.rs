@@ -13,6 +13,7 @@ pub mod pidfd;
 pub mod ptrace;
 pub mod runner;
 pub mod sched;
+pub mod shared;
 pub mod spawn;
 pub mod timens;
 pub mod tty;

@@ -7,6 +7,7 @@
 
 mod files;
 mod holder;
+mod later;
 mod rehearse;
 
 use std::collections::BTreeMap;
@@ -17,6 +18,7 @@ use std::time::{Duration, Instant};
 
 use crate::error::{Context, Error, Obstacle, Result};
 use crate::fault::{self, Role};
+use crate::fill::Filler;
 use crate::hold::{self, Frozen, Hold};
 use crate::holder::Adopting;
 use crate::husk::Husk;
@@ -233,6 +235,8 @@ struct Building {
     /// The husk's parent, which holds its terminals.
     holder: Option<Adopting>,
     mapped: BTreeMap<u32, OwnedFd>,
+    /// For memory that follows later, if some does.
+    filler: Option<Filler>,
     /// The process, once its cgroup holds it.
     process: Option<OwnedFd>,
     /// What its terminals show.
@@ -322,6 +326,7 @@ impl Building {
                     descriptors,
                     holder: Some(holder),
                     mapped,
+                    filler: None,
                     process: None,
                     pictures: Vec::new(),
                     buf: Vec::new(),
@@ -368,6 +373,8 @@ impl Building {
                     }
                     wire.send(&ToSource::RoundDone)?;
                 }
+                ToTarget::Postpone => self.postpone(wire)?,
+                ToTarget::Later(runs) => self.later(&runs)?,
                 ToTarget::Rehearse(last) => self.rehearse(&last, backend),
                 ToTarget::Final(last) => {
                     self.laps = Laps::new();
@@ -464,6 +471,10 @@ impl Building {
         self.laps.add("registers");
         part(&mut times.pcb);
 
+        self.watch_missing()?;
+        self.laps.add("missing pages");
+        part(&mut times.memory);
+
         let hold = self.hold.take().ok_or_else(no_husk)?;
         self.frozen = Some(hold.freeze(hold::PATIENCE)?);
         let husk = self.husk.take().ok_or_else(no_husk)?;
@@ -529,6 +540,7 @@ impl Building {
             process,
             frozen,
             holder,
+            filler,
             mut pictures,
             mut laps,
             ..
@@ -549,14 +561,19 @@ impl Building {
         if let Some(Err(e)) = holder.as_mut().map(Adopting::go) {
             tracing::warn!("the program's holder: {e}");
         }
+        laps.log("target");
+        match filler {
+            None => hear_last(wire, process.as_ref(), &mut pictures),
+            Some(filler) => later::fill(filler, wire, committed, &mut pictures, &mut |mask| {
+                send_late(process.as_ref(), mask);
+            })?,
+        }
         // Writing files through to the disk takes its time.
         watch_over(PATIENCE);
-        laps.log("target");
         files.forget_leftovers();
         if let Err(e) = lineage::note(hello.preview.needs.pid, &hello.preview.lineage) {
             tracing::warn!("where the program came from is not noted: {e}");
         }
-        hear_last(wire, process, &mut pictures);
         if let Some(Err(e)) = holder.map(|h| h.show(pictures)) {
             tracing::warn!("what the program's terminals showed is lost: {e}");
         }
@@ -645,7 +662,7 @@ fn raise_descriptor_limit() {
 
 /// Hears what its terminals show, and what was sent to the copy at the source
 /// after it was captured.
-fn hear_last(wire: &mut Wire, process: Option<OwnedFd>, pictures: &mut Vec<Picture>) {
+fn hear_last(wire: &mut Wire, process: Option<&OwnedFd>, pictures: &mut Vec<Picture>) {
     let mut heard = wire.set_deadline(LATE).and_then(|()| wire.recv());
     if let Ok(ToTarget::Pictures(last)) = heard {
         match Picture::check(&last) {
@@ -654,9 +671,13 @@ fn hear_last(wire: &mut Wire, process: Option<OwnedFd>, pictures: &mut Vec<Pictu
         }
         heard = wire.recv();
     }
-    let (Ok(ToTarget::Late(mask)), Some(process)) = (heard, process) else {
-        return;
-    };
+    if let Ok(ToTarget::Late(mask)) = heard {
+        send_late(process, mask);
+    }
+}
+
+fn send_late(process: Option<&OwnedFd>, mask: u64) {
+    let Some(process) = process else { return };
     for signal in (1..=64).filter(|s| mask >> (s - 1) & 1 == 1) {
         pidfd::send_signal(process.as_fd(), signal);
     }

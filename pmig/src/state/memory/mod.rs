@@ -1,6 +1,7 @@
 //! Memory: the address space, which pages must travel, and how they get there.
 
 mod layout;
+mod missing;
 mod ranges;
 mod track;
 mod writes;
@@ -9,6 +10,7 @@ pub use layout::{
     apply, file_of, preflight, resident, steps, Backing, Kernel, Layout, MappedFile, Step, Vma,
     BOTTOM, PAGE, TOP,
 };
+pub use missing::{page_of, Missing};
 pub use ranges::Ranges;
 pub use track::{Found, Tracker};
 pub use writes::{Tracking, TrackingChoice};

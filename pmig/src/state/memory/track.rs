@@ -65,6 +65,8 @@ pub struct Tracker {
     owed: Ranges,
     /// Somebody may write to it unseen: in the end all is sent again.
     distrusted: bool,
+    /// What follows when the program runs at the target.
+    later: Ranges,
     /// The lines of the last list.
     seen: Vec<Mapping>,
     /// The mappings of the last list that are followed, by address.
@@ -103,6 +105,7 @@ impl Tracker {
             sent: Ranges::default(),
             owed: Ranges::default(),
             distrusted: false,
+            later: Ranges::default(),
             seen: Vec::new(),
             watched: BTreeSet::new(),
         })
@@ -250,8 +253,12 @@ impl Tracker {
                 Step::Unmap(r) => {
                     self.sent.remove(r.clone());
                     self.owed.remove(r.clone());
+                    self.later.remove(r.clone());
                 }
-                Step::Map(v) => renewed.insert(v.range()),
+                Step::Map(v) => {
+                    self.later.remove(v.range());
+                    renewed.insert(v.range());
+                }
                 _ => {}
             }
         }
@@ -365,7 +372,44 @@ impl Tracker {
             push(&mut found.drops, part.clone());
             self.sent.remove(part);
         }
-        self.owed.remove(r);
+        self.owed.remove(r.clone());
+        self.later.remove(r);
+    }
+
+    /// Leaves what was found in anonymous memory for later, but for what lies in
+    /// `now`, which is taken out of what was left before too. What the target has of
+    /// it is dropped there: absent is what it must be to be asked for.
+    pub fn postpone(&mut self, found: &mut Found, now: &[Range<u64>]) {
+        let mut pages = Ranges::default();
+        for r in found.pages.drain(..) {
+            pages.insert(r);
+        }
+        for vma in self.layout.vmas.iter().filter(|v| v.backing == Backing::Anonymous) {
+            for r in pages.within(vma.range()) {
+                self.later.insert(r);
+            }
+        }
+        for r in now {
+            for r in self.later.within(r.clone()) {
+                self.later.remove(r.clone());
+                pages.insert(r);
+            }
+        }
+        for r in self.later.iter() {
+            for part in self.sent.within(r.clone()) {
+                push(&mut found.drops, part.clone());
+                self.sent.remove(part);
+            }
+            pages.remove(r);
+        }
+        found.pages = pages.iter().collect();
+    }
+
+    /// What was left for later.
+    pub fn postponed(&self) -> Vec<Range<u64>> {
+        let anonymous = |v: &&Vma| v.backing == Backing::Anonymous;
+        let vmas = self.layout.vmas.iter().filter(anonymous);
+        vmas.flat_map(|v| self.later.within(v.range())).collect()
     }
 
     fn settle_owed(&mut self, found: &mut Found) {

@@ -1,0 +1,113 @@
+//! Memory that stays behind at the source, and follows when the program runs.
+
+use std::collections::BTreeSet;
+use std::ops::Range;
+use std::os::fd::AsFd;
+
+use super::{no_husk, watch_over, Building, PATIENCE};
+use crate::error::{Context, Error, Result};
+use crate::fault::{self, Role};
+use crate::fill::{Filler, Guard, Log};
+use crate::image::Picture;
+use crate::journal::Committed;
+use crate::phase::Phase;
+use crate::protocol::message::{ToSource, ToTarget};
+use crate::protocol::Wire;
+use crate::state::clock::Namespace;
+use crate::sys::{pidfd, uffd};
+use crate::tracee::Batch;
+
+impl Building {
+    /// Gets everything ready for pages that are not there when the program runs.
+    pub(super) fn postpone(&mut self, wire: &mut Wire) -> Result<()> {
+        let husk = self.husk.as_mut().ok_or_else(no_husk)?;
+        // Made while it is root: then what system calls touch is waited for as well.
+        let mut b = Batch::new();
+        let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
+        let fd = b.call("userfaultfd", libc::SYS_userfaultfd, &[flags.into()]);
+        let fd = husk.stopped().run(b)?.result(fd);
+        let process = pidfd::open(husk.pid()).context("open the husk", husk.pid())?;
+        let ours = pidfd::get(process.as_fd(), fd as i32);
+        let mut b = Batch::new();
+        b.call("close", libc::SYS_close, &[fd.into()]);
+        husk.stopped().run(b)?;
+        let ours = ours.context("fetch the userfaultfd of", husk.pid())?;
+        uffd::enable_missing(&ours).context("set up", "a userfaultfd")?;
+        self.record.note_filling()?;
+        let log = Log::new()?;
+        let guard = Guard::start(self.record.record().id, &log, &[&ours])?;
+        // The first who is born into a time namespace fixes it: that was the guard.
+        self.time = Namespace::make()?;
+        self.filler = Some(Filler::new(log, guard, vec![ours])?);
+        wire.send(&ToSource::Postponed)
+    }
+
+    /// Takes a note of pages that are not to come before the program runs.
+    pub(super) fn later(&mut self, runs: &[(u64, u64)]) -> Result<()> {
+        let husk = self.husk.as_ref().ok_or_else(no_husk)?;
+        let filler = self
+            .filler
+            .as_mut()
+            .ok_or_else(|| Error::bad("memory from peer", "was never said to follow later"))?;
+        for &(start, end) in runs {
+            husk.anonymous(&(start..end))?;
+            filler.leave_behind(start..end)?;
+        }
+        Ok(())
+    }
+
+    /// From here on whoever touches what is missing waits for it. Nothing of it may
+    /// have been touched before.
+    pub(super) fn watch_missing(&mut self) -> Result<()> {
+        let Some(filler) = &self.filler else {
+            return Ok(());
+        };
+        let husk = self.husk.as_ref().ok_or_else(no_husk)?;
+        let missing: Vec<Range<u64>> = filler.left_behind();
+        let mut mappings = BTreeSet::new();
+        for run in &missing {
+            for mapping in husk.anonymous(run)? {
+                mappings.insert((mapping.start, mapping.end));
+            }
+        }
+        for (start, end) in mappings {
+            uffd::register_missing(filler.uffd()?, start, end - start)
+                .context("watch memory at", format_args!("{start:#x}"))?;
+        }
+        match husk.first_present(&missing)? {
+            None => Ok(()),
+            Some(page) => Err(Error::bad(
+                format!("memory at {page:#x}"),
+                "was to follow later, and is there already",
+            )),
+        }
+    }
+}
+
+/// Fills what is missing, while the program runs.
+///
+/// # Errors
+/// The connection broke: the source comes back with another one, and finds the
+/// guard.
+pub(super) fn fill(
+    filler: Filler,
+    wire: &mut Wire,
+    committed: &Committed,
+    pictures: &mut Vec<Picture>,
+    late: &mut dyn FnMut(u64),
+) -> Result<()> {
+    let mut hear = |message| match message {
+        ToTarget::Pictures(last) => match Picture::check(&last) {
+            Ok(()) => *pictures = last,
+            Err(e) => tracing::warn!("{e}"),
+        },
+        ToTarget::Late(mask) => late(mask),
+        _ => tracing::warn!("the source speaks out of turn"),
+    };
+    let mut tick = |wire: &Wire| {
+        watch_over(PATIENCE);
+        fault::point(Phase::Fill, Role::Target, || wire.link().cut());
+    };
+    filler.run(wire, &mut hear, &mut tick)?;
+    committed.filled()
+}
