@@ -107,6 +107,8 @@ static long ioctl_query(void __user *arg)
 	q.abi_version = PMIG_ABI_VERSION;
 	q.xstate_size = pmig_xstate_bytes(current);
 	q.features = PMIG_FEAT_VMAS;
+	if (pmig_syms.flush_tlb)
+		q.features |= PMIG_FEAT_DIRTY;
 	q.capture_sections = CAPTURE_SECTIONS;
 	q.restore_sections = restore_sections();
 	q.pcb_size = sizeof(struct pmig_pcb);
@@ -126,6 +128,17 @@ static long ioctl_vmas(void __user *arg)
 	if (err)
 		return err;
 	return write_sized(arg, &call, sizeof(call), call.size);
+}
+
+static long ioctl_dirty(void __user *arg)
+{
+	struct pmig_dirty call;
+	int err;
+
+	err = read_sized(&call, sizeof(call), sizeof(call), arg);
+	if (err)
+		return err;
+	return pmig_dirty_look(&call);
 }
 
 /* What both calls ask of their arguments. */
@@ -524,6 +537,8 @@ static long pmig_ioctl(struct file *file, unsigned int cmd, unsigned long arg)
 		return ioctl_pcb(user, true);
 	case PMIG_IOC_VMAS:
 		return ioctl_vmas(user);
+	case PMIG_IOC_DIRTY:
+		return ioctl_dirty(user);
 	default:
 		return -ENOTTY;
 	}

@@ -55,11 +55,14 @@ struct pmig_symbols {
 	long (*none)(struct restart_block *rb);
 	long (*cpu_sleep)(struct restart_block *rb);
 	bool flush;
+	bool flush_tlb;
 };
 
 extern struct pmig_symbols pmig_syms;
 void pmig_resolve(void);
 void pmig_flush_sigqueue(struct sigpending *queue);
+void pmig_flush_tlb(struct mm_struct *mm, unsigned long start,
+		    unsigned long end);
 
 /* regs.c */
 u32 pmig_xstate_bytes(struct task_struct *task);
@@ -100,6 +103,9 @@ int pmig_mm_check(const struct pmig_mm *in);
 int pmig_mm_restore(struct mm_struct *mm, const struct pmig_mm *in);
 int pmig_exe_restore(struct mm_struct *mm, int exe_fd);
 int pmig_vmas_list(struct pmig_vmas *call);
+
+/* dirty.c */
+int pmig_dirty_look(struct pmig_dirty *call);
 
 /* misc.c */
 void pmig_sched_capture(struct task_struct *task, struct pmig_sched *out);

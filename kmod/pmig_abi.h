@@ -47,6 +47,7 @@
 #define PMIG_IOC_CAPTURE	0xb702
 #define PMIG_IOC_RESTORE	0xb703
 #define PMIG_IOC_VMAS		0xb704
+#define PMIG_IOC_DIRTY		0xb705
 
 /* Sections: per thread */
 #define PMIG_SEC_REGS		(1ULL << 0)
@@ -73,6 +74,7 @@
 
 /* Features */
 #define PMIG_FEAT_VMAS		(1ULL << 0)
+#define PMIG_FEAT_DIRTY		(1ULL << 1)
 
 struct pmig_query {
 	__u32 size;
@@ -404,5 +406,40 @@ struct pmig_vma {
 	__u32 page_bytes;		/* page size of the mapping */
 	__u8 name[32];			/* "[vdso]" and the like, or empty */
 };
+
+/*
+ * Look at the pages from `start` to `end` (PMIG_FEAT_DIRTY): one word for each
+ * is written to `pages`, which has (end - start) / 4096 of them.  0: nothing is
+ * there.  The task need not be stopped; the caller needs CAP_SYS_ADMIN too.
+ *
+ * With PMIG_DIRTY_CLEAN what is told as written counts as clean from then on:
+ * read its bytes after the call.  Where the call fails (EFAULT, EINTR, ENOMEM)
+ * what was written is lost, and all of it must be taken as written.
+ *
+ * The bytes of a page are what they were at the look before if its word is
+ * the same and in neither look WRITTEN or HELD, with two exceptions: who gets
+ * hold of a page (process_vm_writev(2), O_DIRECT, ...), writes to it and lets it
+ * go again, all between two looks, is not seen; nor what was written to a page
+ * that was then swapped out and in again: use it only where there is no swap.
+ *
+ * EOPNOTSUPP  something besides the processors writes to this memory (KVM)
+ */
+struct pmig_dirty {
+	__u32 size;
+	__u32 flags;			/* PMIG_DIRTY_* */
+	__s32 pidfd;
+	__u32 reserved;			/* zero */
+	__u64 start;			/* multiples of 4096 */
+	__u64 end;
+	__u64 pages;			/* pointer to __u64[] */
+};
+
+#define PMIG_DIRTY_CLEAN	(1U << 0)
+
+/* A page's word: which page it is, and */
+#define PMIG_PAGE_PRESENT	(1ULL << 61)
+/* somebody may write to it, or have written, unseen by the page tables */
+#define PMIG_PAGE_HELD		(1ULL << 62)
+#define PMIG_PAGE_WRITTEN	(1ULL << 63)
 
 #endif /* PMIG_ABI_H */

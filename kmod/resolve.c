@@ -3,8 +3,9 @@
  * Addresses of functions that the kernel does not export.
  *
  * The restart functions are stored in a restart block, where the kernel calls
- * them indirectly; those of 6.12 keep their ENDBR.  flush_sigqueue() may have
- * lost its own (sealed), so it is called directly, through a static call.
+ * them indirectly; those of 6.12 keep their ENDBR.  flush_sigqueue() and
+ * flush_tlb_mm_range() may have lost theirs (sealed), so they are called
+ * directly, through static calls.
  */
 #include <linux/kprobes.h>
 #include <linux/signal.h>
@@ -18,6 +19,11 @@
 struct pmig_symbols pmig_syms;
 
 DEFINE_STATIC_CALL_NULL(pmig_flush, flush_sigqueue);
+/* As <asm/tlbflush.h> has it, but for modules. */
+void flush_tlb_mm_range(struct mm_struct *mm, unsigned long start,
+			unsigned long end, unsigned int stride_shift,
+			bool freed_tables);
+DEFINE_STATIC_CALL_NULL(pmig_flush_mm, flush_tlb_mm_range);
 
 static unsigned long lookup(const char *name)
 {
@@ -63,6 +69,7 @@ static void *lookup_indirect(const char *name)
 void pmig_resolve(void)
 {
 	unsigned long flush = lookup("flush_sigqueue");
+	unsigned long flush_mm = lookup("flush_tlb_mm_range");
 
 	pmig_syms.nanosleep = lookup_indirect("hrtimer_nanosleep_restart");
 	pmig_syms.futex = lookup_indirect("futex_wait_restart");
@@ -73,9 +80,19 @@ void pmig_resolve(void)
 		static_call_update(pmig_flush, (void *)flush);
 		pmig_syms.flush = true;
 	}
+	if (flush_mm) {
+		static_call_update(pmig_flush_mm, (void *)flush_mm);
+		pmig_syms.flush_tlb = true;
+	}
 }
 
 void pmig_flush_sigqueue(struct sigpending *queue)
 {
 	static_call_cond(pmig_flush)(queue);
+}
+
+void pmig_flush_tlb(struct mm_struct *mm, unsigned long start,
+		    unsigned long end)
+{
+	static_call_cond(pmig_flush_mm)(mm, start, end, PAGE_SHIFT, false);
 }

@@ -98,9 +98,10 @@ impl Built {
         self.directory.join("lab-agent")
     }
 
-    /// The sample programs, and what tries the kernel module.
+    /// The sample programs, and what tries the kernel module and the tracking of
+    /// writes.
     pub fn samples(&self) -> Vec<PathBuf> {
-        let all = SAMPLES.iter().chain(&["kmod_hammer"]);
+        let all = SAMPLES.iter().chain(&["kmod_hammer", "tracking"]);
         all.map(|name| self.directory.join(name)).collect()
     }
 }

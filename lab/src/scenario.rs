@@ -187,17 +187,28 @@ pub enum Through {
 pub struct Way {
     /// How a process control block is read.
     pub pcb: &'static str,
+    /// How it is told which pages are written.
+    pub tracking: &'static str,
     pub through: Through,
 }
 
 impl Way {
+    /// With what tells the written pages chosen by itself.
+    pub fn new(pcb: &'static str, through: Through) -> Self {
+        Self {
+            pcb,
+            tracking: "auto",
+            through,
+        }
+    }
+
     /// Brings a program there.
     ///
     /// # Errors
     /// A host is gone, or the file cannot be restored; where it does not leave
     /// is no error here, see [`Moved::ok`].
     pub fn bring(self, from: &dyn Host, to: &dyn Host, program: &Program) -> Result<Moved> {
-        let pcb = format!("--pcb {}", self.pcb);
+        let pcb = format!("--pcb {} --dirty-tracking {}", self.pcb, self.tracking);
         if self.through == Through::Wire {
             return migrate(from, to, program, &format!("--files ship {pcb}"), &[]);
         }

@@ -92,6 +92,9 @@ pub struct Facts {
     pub kernel_to: String,
     /// How the PCB is read here: `kmod` or `ptrace`.
     pub pcb: String,
+    /// By what it is to be told which pages are written: `uffd`, `soft-dirty`,
+    /// `kmod` or `none`.
+    pub tracking: String,
 }
 
 /// Where a round of the copy stands.
@@ -187,6 +190,11 @@ pub struct Summary {
     /// Over the wire, frames included.
     pub bytes_sent: u64,
     pub rounds: u32,
+    /// How long the program was stopped in the build to be followed.
+    #[serde(rename = "attach_ms", with = "millis")]
+    pub attach: Duration,
+    /// By what it was told which pages are written, as of [`Facts`].
+    pub tracking: String,
     /// Bytes that stayed behind at the freeze, and how long after the resume the
     /// last of them followed.
     #[serde(default)]
@@ -312,6 +320,8 @@ mod tests {
             total: Duration::from_secs(13),
             bytes_sent: 361_000_000,
             rounds: 2,
+            attach: Duration::from_micros(300),
+            tracking: "uffd".into(),
             left_behind: 0,
             filled: None,
             freeze,

@@ -14,6 +14,7 @@ mod refusing;
 mod reporting;
 mod surviving;
 mod terminals;
+mod tracking;
 
 use lab::harness::{main as run, Trial};
 use std::process::ExitCode;
@@ -22,6 +23,7 @@ fn main() -> ExitCode {
     let mut trials: Vec<Trial> = Vec::new();
     trials.extend(hosts::trials());
     trials.extend(moving::trials());
+    trials.extend(tracking::trials());
     trials.extend(listing::trials());
     trials.extend(dumping::trials());
     trials.extend(terminals::trials());

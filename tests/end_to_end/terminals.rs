@@ -49,7 +49,7 @@ pub fn trials() -> Vec<Trial> {
                         if pcb == "kmod" && lab.a().sh("test -e /dev/pmig").is_err() {
                             return Err(CannotHere("the kernel module is not there".into()).into());
                         }
-                        body(lab, Way { pcb, through })
+                        body(lab, Way::new(pcb, through))
                     }
                 }));
             }

@@ -18,6 +18,8 @@ pub struct Results {
     pub freezes: Vec<FreezeRow>,
     pub throughputs: Vec<ThroughputRow>,
     #[serde(default)]
+    pub trackings: Vec<TrackingRow>,
+    #[serde(default)]
     pub peers: Vec<PeerRow>,
     /// CRIU's version on each make of hosts.
     #[serde(default)]
@@ -75,6 +77,65 @@ pub struct FreezeRow {
     pub baseline_ms: f64,
     /// The whole migration.
     pub total_ms: f64,
+}
+
+/// What one means to tell the written pages costs; medians.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct TrackingRow {
+    pub hosts: Make,
+    /// As `--dirty-tracking` has it.
+    pub how: String,
+    pub resident_mb: u32,
+    pub runs: usize,
+    pub cost: TrackingCost,
+}
+
+/// One run of `tracking cost`, a program of the lab's.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct TrackingCost {
+    /// How long the program is stopped for it.
+    pub attach: f64,
+    /// The first look, one after which nothing was written, one after 4,096 pages
+    /// were, and the last one after as many, standing still.
+    pub first: f64,
+    pub clean: f64,
+    pub dirty: f64,
+    pub last: f64,
+    /// What it takes the program to write to 4,096 pages: the first time, after a
+    /// look, and when nobody follows it.
+    pub first_touch: f64,
+    pub touch: f64,
+    pub untracked: f64,
+    /// Kilobytes in huge pages: before, after two looks, and after one write to
+    /// each huge page.
+    pub huge_kb: [u64; 3],
+    /// Pages that are told as written then.
+    pub huge_pages_found: u64,
+}
+
+impl TrackingRow {
+    /// The medians of several runs.
+    pub fn new(hosts: Make, how: &str, resident_mb: u32, runs: &[TrackingCost]) -> Self {
+        let mid = |of: fn(&TrackingCost) -> f64| median(runs.iter().map(of));
+        Self {
+            hosts,
+            how: how.into(),
+            resident_mb,
+            runs: runs.len(),
+            cost: TrackingCost {
+                attach: mid(|c| c.attach),
+                first: mid(|c| c.first),
+                clean: mid(|c| c.clean),
+                dirty: mid(|c| c.dirty),
+                last: mid(|c| c.last),
+                first_touch: mid(|c| c.first_touch),
+                touch: mid(|c| c.touch),
+                untracked: mid(|c| c.untracked),
+                huge_kb: [0, 1, 2].map(|n| median(runs.iter().map(|c| c.huge_kb[n] as f64)) as u64),
+                huge_pages_found: mid(|c| c.huge_pages_found as f64) as u64,
+            },
+        }
+    }
 }
 
 /// A ticking program moved by different means.

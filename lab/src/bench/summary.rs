@@ -1,7 +1,7 @@
 //! The benches' results as a person reads them, and where they are kept.
 
 use super::plot;
-use super::rows::{FreezeRow, Missing, PeerRow, Results, ThroughputRow};
+use super::rows::{FreezeRow, Missing, PeerRow, Results, ThroughputRow, TrackingRow};
 use crate::build;
 use anyhow::{Context, Result};
 use serde::Serialize;
@@ -11,7 +11,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 /// The benches, in the order of the summary.
-const BENCHES: [&str; 3] = ["freeze_time", "throughput", "peer"];
+const BENCHES: [&str; 4] = ["freeze_time", "throughput", "tracking", "peer"];
 
 fn directory() -> Result<PathBuf> {
     let lab = build::directory()?;
@@ -24,7 +24,11 @@ fn directory() -> Result<PathBuf> {
 /// that there are; fails if anything did.
 pub fn conclude(bench: &str, results: &Results) -> ExitCode {
     // It was only asked what there is to measure.
-    if results.links.is_empty() && results.failed.is_empty() && results.skipped.is_empty() {
+    if results.links.is_empty()
+        && results.trackings.is_empty()
+        && results.failed.is_empty()
+        && results.skipped.is_empty()
+    {
         return ExitCode::SUCCESS;
     }
     if let Err(e) = keep(bench, results) {
@@ -94,6 +98,7 @@ fn text(all: &[(String, Results)]) -> String {
         }
         text += &freezes(&results.freezes);
         text += &throughputs(&results.throughputs);
+        text += &trackings(&results.trackings);
         for (hosts, version) in &results.versions {
             let _ = writeln!(text, "CRIU {version} on {hosts}.\n");
         }
@@ -102,6 +107,48 @@ fn text(all: &[(String, Results)]) -> String {
         text += &missing("Failed", &results.failed);
     }
     text
+}
+
+fn trackings(rows: &[TrackingRow]) -> String {
+    if rows.is_empty() {
+        return String::new();
+    }
+    let mut figures = vec![[
+        "tracking",
+        "stopped for it",
+        "first look",
+        "clean look",
+        "4,096 written",
+        "last look",
+        "program: first writes",
+        "after a look",
+        "untracked",
+        "of huge pages stay",
+        "pages told",
+    ]
+    .map(str::to_owned)
+    .to_vec()];
+    for row in rows {
+        let c = &row.cost;
+        let stay = c.huge_kb[2] as f64 / c.huge_kb[0].max(1) as f64 * 100.0;
+        let mut line = vec![format!("{} {} {} MB", row.hosts, row.how, row.resident_mb)];
+        line.extend(
+            [
+                c.attach,
+                c.first,
+                c.clean,
+                c.dirty,
+                c.last,
+                c.first_touch,
+                c.touch,
+                c.untracked,
+            ]
+            .map(ms),
+        );
+        line.extend([format!("{stay:.0} %"), c.huge_pages_found.to_string()]);
+        figures.push(line);
+    }
+    table(&figures)
 }
 
 fn freezes(rows: &[FreezeRow]) -> String {

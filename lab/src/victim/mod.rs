@@ -6,6 +6,7 @@
 pub mod area;
 pub mod pipe;
 pub mod raw;
+pub mod restless;
 pub mod vectors;
 
 use std::fs::File;

@@ -5,7 +5,8 @@ use std::fs::{self, File};
 use nix::sys::utsname::uname;
 use pmig::hold;
 use pmig::journal::{run_dir, state_dir, Folder};
-use pmig::sys::{kmod, pagemap, pidfd};
+use pmig::state::memory::Tracking;
+use pmig::sys::{kmod, pidfd};
 use serde::Serialize;
 
 /// One thing a migration needs or profits from.
@@ -60,7 +61,7 @@ pub fn capabilities() -> Vec<Capability> {
             "dirty tracking",
             false,
             tracking(),
-            "without it the program stands still while all of its memory is copied; needs Linux 6.7 with CONFIG_USERFAULTFD",
+            "without it the program stands still while all of its memory is copied; needs Linux 6.7 with CONFIG_USERFAULTFD, or CONFIG_MEM_SOFT_DIRTY",
         ),
         tool(
             "kernel module",
@@ -196,17 +197,20 @@ fn getfd() -> Result<String, String> {
         .map_err(|e| e.to_string())
 }
 
+/// All means that are there; without any but stop-and-copy, why.
 fn tracking() -> Result<String, String> {
-    let query = pagemap::Query {
-        any: pagemap::category::PRESENT,
-        tell: pagemap::category::PRESENT,
-        ..pagemap::Query::default()
-    };
-    File::open("/proc/self/pagemap")
-        .and_then(|file| pagemap::scan(&file, 0x1000, 0x2000, query, |_| {}))
-        .map_err(|e| format!("no PAGEMAP_SCAN: {e}"))?;
-    found("/proc/sys/vm/unprivileged_userfaultfd").map_err(|_| "no userfaultfd".to_owned())?;
-    Ok("PAGEMAP_SCAN with asynchronous write protection".into())
+    let all = Tracking::ALL.into_iter().filter(|t| *t != Tracking::None);
+    let (mut there, mut why) = (Vec::new(), Vec::new());
+    for tracking in all {
+        match tracking.probe() {
+            Ok(()) => there.push(tracking.name()),
+            Err(obstacle) => why.push(obstacle.why),
+        }
+    }
+    match there.is_empty() {
+        true => Err(why.join("; ")),
+        false => Ok(there.join(", ")),
+    }
 }
 
 #[cfg(test)]

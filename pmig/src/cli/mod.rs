@@ -28,6 +28,7 @@ use pmig::holder;
 use pmig::id::Id;
 use pmig::keeper;
 use pmig::source;
+use pmig::state::memory::TrackingChoice;
 use pmig::state::pcb::PcbChoice;
 use pmig::sys::timens;
 use pmig::transport::Addr;
@@ -278,6 +279,12 @@ pub struct Capture {
     /// by `ptrace`, or by the module if it is loaded (`auto`).
     #[arg(long, value_enum, default_value_t = Pcb::Auto)]
     pcb: Pcb,
+    /// How it is told here which pages the program writes: `uffd` (write
+    /// protection), `soft-dirty`, `kmod` (the module's dirty bits, blind to what
+    /// other processes write into it), `none` (all is copied while it stands
+    /// still), or the best that is safe and there (`auto`).
+    #[arg(long, value_name = "HOW", default_value = "auto", value_parser = str::parse::<TrackingChoice>)]
+    dirty_tracking: TrackingChoice,
     /// How long the program may stand still for the last pages: memory is
     /// copied again while it runs until what is left fits.
     #[arg(long, value_name = "TIME", default_value = "20ms", value_parser = duration)]
@@ -292,6 +299,7 @@ impl Capture {
                 Pcb::Ptrace => PcbChoice::Ptrace,
                 Pcb::Kmod => PcbChoice::Kmod,
             },
+            tracking: self.dirty_tracking,
             ship,
             max_freeze: self.max_freeze,
             mode: source::Mode::Pre,
@@ -537,6 +545,7 @@ mod tests {
             &["pmig", "migrate", "42", "b"],
             &["pmig", "migrate", "42", "tcp://b", "--max-freeze", "20"],
             &["pmig", "migrate", "42", "file:/srv/x"],
+            &["pmig", "migrate", "42", "tcp://b", "--dirty-tracking", "x"],
             &["pmig", "dump", "42"],
             &["pmig", "resolve", "--drop"],
             &["pmig", "resolve", "../../etc"],

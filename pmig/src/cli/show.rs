@@ -340,6 +340,7 @@ mod tests {
             kernel_from: "6.12".into(),
             kernel_to: "6.12".into(),
             pcb: "kmod".into(),
+            tracking: "uffd".into(),
         };
         let line = &lines(&Event::Facts(facts))[0];
         assert!(!line.chars().any(char::is_control), "{line:?}");
@@ -365,7 +366,7 @@ mod tests {
         let events = [
             Event::Ended {
                 phase: Phase::Build,
-                what: "41 mappings, 9 descriptors".into(),
+                what: "41 mappings, 9 descriptors; stopped 0.3 ms to track writes".into(),
                 elapsed: ms(38),
             },
             Event::RoundEnded(Round {
@@ -387,6 +388,8 @@ mod tests {
                 total: ms(13_400),
                 bytes_sent: 361_000_000,
                 rounds: 2,
+                attach: Duration::from_micros(300),
+                tracking: "uffd".into(),
                 left_behind: 0,
                 filled: None,
                 freeze,
@@ -395,7 +398,7 @@ mod tests {
         let shown: Vec<String> = events.iter().flat_map(lines).collect();
         assert_eq!(
             shown.join("\n"),
-            "  build    41 mappings, 9 descriptors                                  38.0 ms\n\
+            "  build    41 mappings, 9 descriptors; stopped 0.3 ms to track writes  38.0 ms\n\
              \x20 copy 1   312 MB at 27 MB/s, dirtied meanwhile at 4.0 MB/s             11.5 s\n\
              \x20 freeze   48 pages                                                    12.4 ms\n\
              \x20          stop 0.2 · scan 0.4 · pages 7.1 · wire 4.7\n\

@@ -40,7 +40,7 @@ use crate::resolve::{self, Now};
 use crate::state::bounds::Bounds;
 use crate::state::clock::{self, Clock, Difference, Reading};
 use crate::state::fd::{self, Beat, FdTable, Watch as FdWatch};
-use crate::state::memory::{self, Kernel, Layout, Tracker, PAGE};
+use crate::state::memory::{self, Kernel, Layout, Tracker, Tracking, TrackingChoice, PAGE};
 use crate::state::paths::FilePath;
 use crate::state::pcb::{self, Backend, CaptureContext, MachineFacts, PcbChoice};
 use crate::state::restart::{ProgramClock, Watch as RestartWatch};
@@ -66,6 +66,7 @@ const MOST_ROUNDS: u32 = 30;
 #[derive(Debug, Clone)]
 pub struct Options {
     pub pcb: PcbChoice,
+    pub tracking: TrackingChoice,
     /// Carry over files that are missing at the target or open for writing.
     pub ship: bool,
     /// How long the program may stand still for the last pages.
@@ -176,6 +177,9 @@ struct Run<'a> {
     id: Id,
     secret: Secret,
     backend: Backend,
+    tracking: Vec<Tracking>,
+    /// How long the program was stopped to be followed.
+    attach: Duration,
     accepted: Accepted,
     preview: Preview,
     files: SourceFiles,
@@ -237,6 +241,10 @@ impl<'a> Run<'a> {
             return Err(Error::Refused(obstacles));
         }
         let backend = Backend::choose(options.pcb)?;
+        let tracking = match options.mode {
+            Mode::Stop => vec![Tracking::None],
+            _ => options.tracking.candidates()?,
+        };
         let mut descriptors = FdWatch::new(pid)?;
         let table = descriptors.look(Beat::Running)?;
         let layout = Layout::capture(pid, &[])?;
@@ -291,8 +299,12 @@ impl<'a> Run<'a> {
             kernel_from: preview.machine.kernel.clone(),
             kernel_to: accepted.kernel.clone(),
             pcb: backend.name().into(),
+            tracking: tracking[0].name().into(),
         }));
         let more = notes::of_terminals(pid, &preview.descriptors)?;
+        let more = more
+            .into_iter()
+            .chain(notes::of_tracking(&tracking, &preview.descriptors));
         for text in accepted.notes.iter().cloned().chain(more) {
             progress.event(&Event::Note { text });
         }
@@ -306,6 +318,8 @@ impl<'a> Run<'a> {
             id,
             secret,
             backend,
+            tracking,
+            attach: Duration::ZERO,
             accepted,
             preview,
             files,
@@ -355,16 +369,15 @@ impl<'a> Run<'a> {
             let ground = Ground::survey(self.pid)?;
             restart.before(self.pid);
             keeper.stopped()?;
+            let stopped_at = Instant::now();
             let mut stopped = Stopped::seize(self.pid)?.on(ground.clone());
             restart.stopped(&stopped, self.program_clock()?)?;
             self.backend.first_stop(&mut stopped)?;
-            let tracker = match self.options.mode {
-                Mode::Stop => Tracker::without_tracking(self.pid)?,
-                _ => Tracker::attach(&mut stopped)?,
-            };
+            let tracker = Tracker::attach(&mut stopped, &self.tracking)?;
             stopped.settle()?;
             restart.going_on(&mut stopped)?;
             stopped.detach()?;
+            self.attach = stopped_at.elapsed();
             keeper.running()?;
             match answer(&mut self.wire)? {
                 ToSource::Built => Ok((ground, tracker)),
@@ -378,19 +391,7 @@ impl<'a> Run<'a> {
                 return Err(error);
             }
         };
-        if !tracker.tracks() && self.options.mode == Mode::Pre {
-            self.progress.event(&Event::Note {
-                text: "this kernel cannot tell which pages are written: all memory is copied \
-                       while the program stands still"
-                    .into(),
-            });
-        }
-        let what = format!(
-            "{} mappings, {} descriptors",
-            self.preview.layout.vmas.len(),
-            self.preview.descriptors.holders.len()
-        );
-        self.ended(Phase::Build, what, begun);
+        self.built(tracker.tracking(), begun);
         Ok(Building {
             armed,
             keeper,
@@ -418,6 +419,9 @@ impl<'a> Run<'a> {
             let looked = Instant::now();
             let mut found = b.tracker.look()?;
             let table = self.descriptors.look(Beat::Running)?;
+            if table.reads_past_the_cache() {
+                b.tracker.distrust();
+            }
             self.sync_files(&b.tracker.layout, &table)?;
             let bytes = found.bytes();
             // What was written since the last look, over that time.
@@ -698,12 +702,6 @@ impl<'a> Run<'a> {
         b.keeper.done();
         self.progress.event(&Event::Done(summary.clone()));
         Ok(summary)
-    }
-
-    /// From the stop to a moment by this machine's clock.
-    fn stood_still(&self, until: Reading) -> Duration {
-        let ns = self.stopped_at.map_or(0, |at| until.minus(at).monotonic);
-        Duration::from_nanos(ns.max(0) as u64)
     }
 
     /// The target may have said why, before it closed.

@@ -5,6 +5,7 @@ use crate::holder;
 use crate::proc;
 use crate::proc::stat::Stat;
 use crate::state::fd::{Beat, FdTable, Watch};
+use crate::state::memory::Tracking;
 
 /// What will not be as it was, of a process that can move.
 ///
@@ -32,4 +33,24 @@ pub(super) fn of_terminals(pid: i32, table: &FdTable) -> Result<Vec<String>> {
     Ok(vec![format!(
         "its terminal stays {whose}, and it gets a new one: pmig attach {pid} there"
     )])
+}
+
+/// What the means by which the program's writes are told cannot see.
+pub(super) fn of_tracking(candidates: &[Tracking], table: &FdTable) -> Vec<String> {
+    let mut notes = Vec::new();
+    if candidates[0] == Tracking::Kmod {
+        notes.push(
+            "what another process writes into the program's memory (process_vm_writev) may be \
+             lost: --dirty-tracking kmod does not see it"
+                .into(),
+        );
+    }
+    if candidates[0] != Tracking::None && table.reads_past_the_cache() {
+        notes.push(
+            "it reads a file past the page cache (O_DIRECT): all memory is copied once more \
+             while it stands still"
+                .into(),
+        );
+    }
+    notes
 }

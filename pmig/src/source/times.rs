@@ -3,12 +3,13 @@
 
 use std::time::{Duration, Instant};
 
-use super::{answer, unexpected, Run};
+use super::{answer, unexpected, Mode, Run};
 use crate::error::Result;
 use crate::phase::Phase;
 use crate::protocol::message::{Ready, ToSource, ToTarget};
 use crate::report::{End, Event, Summary};
 use crate::state::clock::{self, Difference, Reading};
+use crate::state::memory::{Tracking, TrackingChoice};
 use crate::state::restart::ProgramClock;
 use crate::transport::Addr;
 
@@ -42,10 +43,18 @@ impl Run<'_> {
             total: begun.elapsed(),
             bytes_sent: self.wire.sent,
             rounds: self.rounds,
+            attach: self.attach,
+            tracking: self.tracking[0].name().into(),
             left_behind: self.left_behind,
             filled: None,
             freeze: self.freeze.clone(),
         }
+    }
+
+    /// From the stop to a moment by this machine's clock.
+    pub(super) fn stood_still(&self, until: Reading) -> Duration {
+        let ns = self.stopped_at.map_or(0, |at| until.minus(at).monotonic);
+        Duration::from_nanos(ns.max(0) as u64)
     }
 
     pub(super) fn compare_clocks(&mut self) -> Result<()> {
@@ -78,6 +87,26 @@ impl Run<'_> {
             what,
             elapsed: begun.elapsed(),
         });
+    }
+
+    /// The end of the build: by which means the program is followed.
+    pub(super) fn built(&mut self, tracking: Tracking, begun: Instant) {
+        let asked_for = self.options.tracking != TrackingChoice::Auto;
+        if tracking == Tracking::None && self.options.mode == Mode::Pre && !asked_for {
+            self.progress.event(&Event::Note {
+                text: "this kernel cannot tell which pages are written: all memory is copied \
+                       while the program stands still"
+                    .into(),
+            });
+        }
+        self.tracking = vec![tracking];
+        let what = format!(
+            "{} mappings, {} descriptors; stopped {:.1} ms to track writes",
+            self.preview.layout.vmas.len(),
+            self.preview.descriptors.holders.len(),
+            self.attach.as_secs_f64() * 1e3
+        );
+        self.ended(Phase::Build, what, begun);
     }
 
     pub(super) fn part(&mut self, name: &'static str) {

@@ -292,6 +292,39 @@ impl Kmod {
         }
     }
 
+    /// Whether the module can tell which pages were written: an older one, or
+    /// one that did not find what it needs in its kernel, cannot.
+    pub fn tells_writes(&self) -> bool {
+        self.query.features & abi::FEAT_DIRTY != 0
+    }
+
+    /// Looks at the pages from `start` on, one for each of `words`
+    /// (`abi::PAGE_*`, and which page it is). With `clean`, what is told as
+    /// written counts as clean from then on.
+    ///
+    /// # Errors
+    /// As listed in `pmig_abi.h`. What was written is lost then.
+    pub fn written(
+        &self,
+        pidfd: BorrowedFd<'_>,
+        start: u64,
+        words: &mut [u64],
+        clean: bool,
+    ) -> io::Result<()> {
+        let mut arg = abi::Dirty {
+            size: size_of::<abi::Dirty>() as u32,
+            flags: if clean { abi::DIRTY_CLEAN } else { 0 },
+            pidfd: pidfd.as_raw_fd(),
+            start,
+            end: start + words.len() as u64 * 4096,
+            pages: words.as_mut_ptr() as u64,
+            ..Default::default()
+        };
+        // SAFETY: the module writes one word a page between `start` and `end`,
+        // and `words` has as many.
+        unsafe { call(&self.file, abi::IOC_DIRTY, &mut arg) }
+    }
+
     fn arguments(&self, pidfd: BorrowedFd<'_>, raw: &mut RawPcb, sections: u64) -> abi::Call {
         let pointer = |len: usize, p: u64| if len == 0 { 0 } else { p };
         abi::Call {

@@ -62,11 +62,33 @@ fn ioctl<T>(fd: &OwnedFd, request: u64, arg: &mut T) -> io::Result<()> {
     }
 }
 
+/// Makes one for this process: userfaultfd(2).
+pub fn create() -> io::Result<OwnedFd> {
+    let flags = libc::O_CLOEXEC | libc::O_NONBLOCK | USER_MODE_ONLY;
+    // SAFETY: a number; the descriptor is new.
+    unsafe {
+        match libc::syscall(libc::SYS_userfaultfd, flags) {
+            -1 => Err(io::Error::last_os_error()),
+            fd => Ok(OwnedFd::from_raw_fd(fd as i32)),
+        }
+    }
+}
+
 /// Chooses asynchronous write protection (Linux 6.7).
 pub fn enable_async_wp(fd: &OwnedFd) -> io::Result<()> {
     let mut api = Api {
         api: API,
         features: FEATURE_WP_ASYNC | FEATURE_WP_UNPOPULATED,
+        ioctls: 0,
+    };
+    ioctl(fd, UFFDIO_API, &mut api)
+}
+
+/// The same without anything chosen, for what only marks mappings.
+pub fn enable(fd: &OwnedFd) -> io::Result<()> {
+    let mut api = Api {
+        api: API,
+        features: 0,
         ioctls: 0,
     };
     ioctl(fd, UFFDIO_API, &mut api)

@@ -319,6 +319,32 @@ impl Hammer {
                 }
             }
         }
+        // As many words as lie before the end of memory.
+        let dirty = || {
+            let mut call = vec![0u8; 32 << 10];
+            put(&mut call, 0, 4, size_of::<abi::Dirty>() as u64);
+            put(&mut call, 8, 4, fd as u64);
+            put(&mut call, 16, 8, pages[1]);
+            put(&mut call, 24, 8, pages[1] + (512 << 12));
+            put(&mut call, 32, 8, pages[1]);
+            call
+        };
+        for leaf in leaves("pmig_dirty") {
+            let mut values = edges(get(&dirty(), leaf.offset, leaf.size));
+            if leaf.name == "pages" {
+                values.retain(|v| *v < 4096 || *v >= 0x7fff_ffff_f000);
+                values.extend([pages[0], pages[1] + 4090, pages[2]]);
+            }
+            for value in values {
+                let mut call = dirty();
+                put(&mut call, leaf.offset, leaf.size, value);
+                self.calls += 1;
+                match raw::ioctl(&self.device, abi::IOC_DIRTY, &mut call) {
+                    Err(e) if !known(e) => return Err(format!("dirty.{}: {e}", leaf.name)),
+                    _ => {}
+                }
+            }
+        }
         for leaf in leaves("pmig_query") {
             for value in edges(0) {
                 let mut call = vec![0u8; 32 << 10];
@@ -332,6 +358,7 @@ impl Hammer {
             abi::IOC_CAPTURE,
             abi::IOC_RESTORE,
             abi::IOC_VMAS,
+            abi::IOC_DIRTY,
         ] {
             for address in [0, 1, pages[2], 0xffff_8000_0000_0000, u64::MAX] {
                 match raw::ioctl_number(&self.device, request, address) {
@@ -344,7 +371,7 @@ impl Hammer {
                 return Err(format!("{request:#x} across the end of memory passed"));
             }
         }
-        for request in [0, 0xb700, 0xb705, u32::MAX] {
+        for request in [0, 0xb700, 0xb706, u32::MAX] {
             match raw::ioctl_number(&self.device, request, 0) {
                 Err(libc::ENOTTY) => {}
                 other => return Err(format!("request {request:#x}: {other:?}")),

@@ -4,6 +4,7 @@
 use crate::mutate::Random;
 use crate::raw;
 use crate::victim::{module, CGROUP};
+use lab::victim::restless::Arena;
 
 use pmig::sys::{pidfd, ptrace};
 use std::fs;
@@ -13,9 +14,11 @@ use std::time::{Duration, Instant};
 
 type Outcome = Result<(), String>;
 
-const SLOTS: usize = 6;
+const SLOTS: usize = 7;
+/// Kinds of tasks.
+const KINDS: usize = 7;
 /// After the slots: how often each thing was done.
-const NAMES: [&str; 10] = [
+const NAMES: [&str; 11] = [
     "captured",
     "not captured",
     "restored",
@@ -26,6 +29,7 @@ const NAMES: [&str; 10] = [
     "killed",
     "replaced",
     "listed",
+    "looked for what was written",
 ];
 
 type Shared = &'static [AtomicU64];
@@ -62,7 +66,7 @@ pub fn again() -> Outcome {
 }
 
 fn spawn(kind: usize) -> std::io::Result<i32> {
-    raw::fork(|| match kind % 6 {
+    raw::fork(|| match kind % KINDS {
         0 => loop {
             raw::pause();
         },
@@ -80,6 +84,15 @@ fn spawn(kind: usize) -> std::io::Result<i32> {
         3 => exec_again(),
         4 => loop {
             raw::vfork_and_wait(0);
+        },
+        // Huge pages, moves and discards beneath whoever looks.
+        5 => match Arena::new(std::process::id().into(), None) {
+            Ok(mut arena) => loop {
+                if arena.step().is_err() {
+                    return 1;
+                }
+            },
+            Err(_) => 1,
         },
         _ => loop {
             std::thread::sleep(Duration::from_millis(2));
@@ -143,6 +156,33 @@ fn tracer(shared: Shared, mut random: Random) -> Outcome {
     }
 }
 
+/// Looks for what was written, in ranges that are whole mappings or not, of tasks
+/// that run or do not.
+fn watcher(shared: Shared, mut random: Random) -> Outcome {
+    let kmod = module()?;
+    let mut words = vec![0; 40 << 10];
+    loop {
+        let pid = pick(shared, &mut random);
+        let Ok(fd) = pidfd::open(pid) else { continue };
+        let Ok(vmas) = kmod.vmas(fd.as_fd()) else {
+            continue;
+        };
+        for vma in vmas {
+            let skip = random.below(3) as u64 * 0x5000;
+            let start = vma.start.saturating_sub(skip);
+            let pages = ((vma.end - start) / 4096).min(words.len() as u64) as usize;
+            let pages = pages.saturating_sub(random.below(3)).max(1);
+            let clean = random.below(4) != 0;
+            if kmod
+                .written(fd.as_fd(), start, &mut words[..pages], clean)
+                .is_ok()
+            {
+                count(shared, "looked for what was written");
+            }
+        }
+    }
+}
+
 fn freezer(shared: Shared, mut random: Random) -> Outcome {
     loop {
         let file = format!("{}/cgroup.freeze", slot_dir(random.below(SLOTS)));
@@ -197,7 +237,7 @@ fn chaos(shared: Shared, seed: u64, seconds: u64, workers: &[i32]) -> Outcome {
                 }
                 let dead = pid.as_raw() as u64;
                 if let Some(slot) = (0..SLOTS).find(|s| shared[*s].load(SeqCst) == dead) {
-                    replace(shared, slot, random.below(6))?;
+                    replace(shared, slot, random.below(KINDS))?;
                 }
             }
             _ => std::thread::sleep(Duration::from_millis(1)),
@@ -213,10 +253,11 @@ pub fn run(seconds: u64) -> Outcome {
         fs::create_dir_all(slot_dir(slot)).map_err(|e| format!("{}: {e}", slot_dir(slot)))?;
     }
     let seed = 0x9e37_79b9_7f4a_7c15u64;
-    let works: [fn(Shared, Random) -> Outcome; 6] = [
+    let works: [fn(Shared, Random) -> Outcome; 7] = [
         |s, r| capturer(s, r, false),
         |s, r| capturer(s, r, true),
         tracer,
+        watcher,
         freezer,
         stopper,
         killer,

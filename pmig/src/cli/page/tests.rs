@@ -29,6 +29,7 @@ fn facts(name: &str) -> Event {
         kernel_from: "6.12.117".into(),
         kernel_to: name.replace("simulate", "6.12.117"),
         pcb: "kmod".into(),
+        tracking: "uffd".into(),
     })
 }
 
@@ -158,6 +159,8 @@ fn moved(name: &str) -> Vec<Heard> {
         total: us(1_573_300),
         bytes_sent: 391_200_000,
         rounds: 3,
+        attach: us(300),
+        tracking: "uffd".into(),
         left_behind: 0,
         filled: None,
         freeze: freeze(),

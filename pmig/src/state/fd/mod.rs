@@ -300,6 +300,15 @@ impl FdTable {
             .any(|t| t.now.is_some_and(|now| now.typed))
     }
 
+    /// Whether devices write into the process's memory for it: open(2), O_DIRECT,
+    /// of what can be read.
+    pub fn reads_past_the_cache(&self) -> bool {
+        let direct = |d: &Description| {
+            d.flags & libc::O_DIRECT != 0 && d.flags & libc::O_ACCMODE != libc::O_WRONLY
+        };
+        self.descriptions.iter().any(direct)
+    }
+
     /// The highest descriptor in use, -1 where there is none: the process's
     /// `RLIMIT_NOFILE` must lie above it while it is installed.
     pub fn highest(&self) -> i32 {

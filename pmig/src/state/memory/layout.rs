@@ -67,8 +67,8 @@ pub struct Vma {
     pub backing: Backing,
     /// Bits by the order of the table of advice.
     pub advice: u8,
-    /// Made since it was last looked at, even where the same stood before:
-    /// whatever was sent for it is void.
+    /// Perhaps made since it was last looked at, even where the same stood
+    /// before: whatever was sent for it is void.
     pub fresh: bool,
 }
 
@@ -153,10 +153,16 @@ impl Layout {
     /// [`Error::Refused`] with every mapping that cannot be carried.
     pub fn capture(pid: i32, known: &[MappedFile]) -> Result<Layout> {
         let text = proc::mappings(pid, "smaps")?;
-        Layout::from_mappings(&smaps::parse(&text)?, known)
+        Layout::from_mappings(&smaps::parse(&text)?, known, |_| false)
     }
 
-    pub(super) fn from_mappings(mappings: &[Mapping], known: &[MappedFile]) -> Result<Layout> {
+    /// `follows`: of which mappings it is known what was done to them since they
+    /// were last looked at. The others are fresh.
+    pub(super) fn from_mappings(
+        mappings: &[Mapping],
+        known: &[MappedFile],
+        follows: impl Fn(&Mapping) -> bool,
+    ) -> Result<Layout> {
         let mut layout = Layout {
             vmas: Vec::with_capacity(mappings.len()),
             files: known.to_vec(),
@@ -167,7 +173,10 @@ impl Layout {
                 continue;
             }
             match claim(m, &mut layout.files) {
-                Ok(vma) => layout.vmas.push(vma),
+                Ok(mut vma) => {
+                    vma.fresh = vma.is_private() && !follows(m);
+                    layout.vmas.push(vma);
+                }
                 Err(o) => obstacles.push(o),
             }
         }
@@ -339,8 +348,6 @@ fn claim(m: &Mapping, files: &mut Vec<MappedFile>) -> Result<Vma, Obstacle> {
     };
     if !vma.is_private() {
         vma.advice = 0;
-    } else {
-        vma.fresh = !m.has(b"uw");
     }
     Ok(vma)
 }

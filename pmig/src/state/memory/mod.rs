@@ -4,6 +4,7 @@ mod layout;
 mod missing;
 mod ranges;
 mod track;
+mod writes;
 
 pub use layout::{
     apply, file_of, preflight, resident, steps, Backing, Kernel, Layout, MappedFile, Step, Vma,
@@ -12,3 +13,4 @@ pub use layout::{
 pub use missing::{page_of, Missing};
 pub use ranges::Ranges;
 pub use track::{Found, Tracker};
+pub use writes::{Tracking, TrackingChoice};

@@ -77,6 +77,37 @@ impl Ranges {
     }
 }
 
+/// Adds a run, joined to the last where they touch.
+pub(super) fn push(runs: &mut Vec<Range<u64>>, r: Range<u64>) {
+    match runs.last_mut() {
+        Some(last) if last.end == r.start => last.end = r.end,
+        _ if r.is_empty() => {}
+        _ => runs.push(r),
+    }
+}
+
+/// `r` without `parts`, which lie in it in order.
+pub(super) fn without(r: Range<u64>, parts: &[Range<u64>]) -> Vec<Range<u64>> {
+    let mut rest = Vec::new();
+    let mut at = r.start;
+    for p in parts {
+        push(&mut rest, at..p.start.max(at));
+        at = at.max(p.end);
+    }
+    push(&mut rest, at..r.end.max(at));
+    rest
+}
+
+/// Both, in order.
+pub(super) fn union(a: Vec<Range<u64>>, b: Vec<Range<u64>>) -> Vec<Range<u64>> {
+    if b.is_empty() {
+        return a;
+    }
+    let mut all = Ranges::default();
+    a.into_iter().chain(b).for_each(|r| all.insert(r));
+    all.iter().collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

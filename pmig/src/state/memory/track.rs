@@ -1,31 +1,34 @@
 //! Which pages of a running program must travel, and again.
 //!
-//! The kernel write-protects the pages and remembers which were written since
-//! (userfaultfd(2) in its asynchronous mode, PAGEMAP_SCAN). Absence is state
-//! as well: a page that was sent and is gone now is told as a drop.
+//! Which were written since they were last looked at is told by one of several
+//! means ([`writes`](super::writes)). Absence is state as well: a page that was
+//! sent and is gone now is told as a drop.
 
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::ops::Range;
-use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 
 use nix::sys::uio::{process_vm_readv, RemoteIoVec};
 use nix::unistd::Pid;
 
 use super::layout::{steps, Backing, Layout, Step, Vma, PAGE};
-use super::ranges::Ranges;
+use super::ranges::{push, without, Ranges};
+use super::writes::{begin, Nothing, Part, Then, Tracking, Writes};
 use crate::error::{Context, Error, Obstacle, Result};
 use crate::proc;
 use crate::proc::smaps::{self, Mapping};
-use crate::sys::pagemap::{category, scan, Query, Region};
-use crate::sys::{pidfd, uffd};
-use crate::tracee::{Batch, Stopped};
+use crate::sys::pagemap::{category, scan, Query};
+use crate::tracee::Stopped;
 
 /// Mappings up to this size, and those that are full for the most part, are
-/// write-protected whole, which is quicker to look at; of larger and sparser ones
-/// only what is there, lest the page tables of their holes be built.
+/// looked at whole, which is quicker; of larger and sparser ones only what is
+/// there, lest the page tables of their holes be built.
 const DENSE: u64 = 64 << 20;
+
+/// Bytes between two runs up to which it is quicker to look at both, and at what
+/// lies between them, in one call.
+const NEAR: u64 = 64 * PAGE;
 
 /// Bytes whose page tables are walked within a millisecond or so.
 const QUICKLY_WALKED: u64 = 8 << 20;
@@ -54,24 +57,41 @@ pub struct Tracker {
     pid: i32,
     pagemap: File,
     mem: File,
-    uffd: Option<OwnedFd>,
+    writes: Box<dyn Writes>,
     pub layout: Layout,
     /// What the target has.
     sent: Ranges,
     /// What could not be read when its turn came.
     owed: Ranges,
+    /// Somebody may write to it unseen: in the end all is sent again.
+    distrusted: bool,
     /// What follows when the program runs at the target.
     later: Ranges,
     /// The lines of the last list.
     seen: Vec<Mapping>,
-    /// The mappings of the last list that are write-protected, by address.
+    /// The mappings of the last list that are followed, by address.
     watched: BTreeSet<u64>,
 }
 
 impl Tracker {
     /// For a process that cannot be watched: everything is sent when it stands
     /// still.
+    ///
+    /// # Errors
+    /// Its memory cannot be looked at.
     pub fn without_tracking(pid: i32) -> Result<Tracker> {
+        Tracker::with(pid, Box::new(Nothing::new(pid)?))
+    }
+
+    /// Follows a process that is stopped, by the first of these means that can.
+    ///
+    /// # Errors
+    /// None of them can.
+    pub fn attach(stopped: &mut Stopped, candidates: &[Tracking]) -> Result<Tracker> {
+        Tracker::with(stopped.pid(), begin(stopped, candidates)?)
+    }
+
+    fn with(pid: i32, writes: Box<dyn Writes>) -> Result<Tracker> {
         let open = |what: &str| {
             let path = format!("/proc/{pid}/{what}");
             File::open(&path).context("open", path)
@@ -80,42 +100,34 @@ impl Tracker {
             pid,
             pagemap: open("pagemap")?,
             mem: open("mem")?,
-            uffd: None,
+            writes,
             layout: Layout::default(),
             sent: Ranges::default(),
             owed: Ranges::default(),
+            distrusted: false,
             later: Ranges::default(),
             seen: Vec::new(),
             watched: BTreeSet::new(),
         })
     }
 
-    /// Watches a process: one short stop, in which it makes a userfaultfd for
-    /// us. `Ok` with no tracking where the kernel has none.
-    pub fn attach(stopped: &mut Stopped) -> Result<Tracker> {
-        let mut tracker = Tracker::without_tracking(stopped.pid())?;
-        let mut b = Batch::new();
-        let flags = libc::O_CLOEXEC | libc::O_NONBLOCK | uffd::USER_MODE_ONLY;
-        let fd = b.may_fail("userfaultfd", libc::SYS_userfaultfd, &[flags.into()]);
-        let fd = stopped.run(b)?.result(fd);
-        if fd < 0 {
-            return Ok(tracker);
-        }
-        let process = pidfd::open(stopped.pid()).context("open process", stopped.pid())?;
-        let ours = pidfd::get(std::os::fd::AsFd::as_fd(&process), fd as i32);
-        let mut b = Batch::new();
-        b.call("close", libc::SYS_close, &[fd.into()]);
-        stopped.run(b)?;
-        let ours = ours.context("fetch the userfaultfd of", stopped.pid())?;
-        if uffd::enable_async_wp(&ours).is_ok() {
-            tracker.uffd = Some(ours);
-        }
-        Ok(tracker)
+    /// By which means it is followed.
+    pub fn tracking(&self) -> Tracking {
+        self.writes.tracking()
     }
 
     /// Whether rounds while the program runs are of any use.
     pub fn tracks(&self) -> bool {
-        self.uffd.is_some()
+        self.tracking() != Tracking::None
+    }
+
+    /// From now on what was sent is not believed to be what is there: somebody
+    /// writes to the program's memory past its page tables. A device that has got
+    /// hold of pages (open(2), O_DIRECT) goes on writing to them whatever a look
+    /// counts as clean; only the program standing still, in no system call of its
+    /// own, ends that.
+    pub fn distrust(&mut self) {
+        self.distrusted = true;
     }
 
     /// Looks while the program runs: what is found counts as clean from then
@@ -129,20 +141,14 @@ impl Tracker {
         let vmas = self.layout.vmas.clone();
         for vma in vmas.iter().filter(|v| v.is_private()) {
             // A mapping that vanished meanwhile is fresh at the next look.
-            if vma.fresh && !self.register(vma) {
+            if vma.fresh && !self.writes.follow(vma.range()) {
                 continue;
             }
             self.watched.insert(vma.start);
-            self.scan(vma, &renewed, true, &mut found)?;
+            self.scan(vma, &renewed, Then::Clean, &mut found)?;
         }
         self.settle_owed(&mut found);
         Ok(found)
-    }
-
-    fn register(&self, vma: &Vma) -> bool {
-        self.uffd
-            .as_ref()
-            .is_some_and(|fd| uffd::register_wp(fd, vma.start, vma.end - vma.start).is_ok())
     }
 
     /// Looks at the program standing still: what is left.
@@ -164,11 +170,14 @@ impl Tracker {
                 let (mut found, renewed) = self.list()?;
                 let vmas = self.layout.vmas.clone();
                 for vma in vmas.iter().filter(|v| v.is_private()) {
-                    self.scan(vma, &renewed, false, &mut found)?;
+                    self.scan(vma, &renewed, Then::Leave, &mut found)?;
                 }
                 found
             }
         };
+        if self.distrusted && self.tracks() {
+            self.sent.iter().for_each(|r| self.owed.insert(r));
+        }
         self.settle_owed(&mut found);
         Ok(found)
     }
@@ -185,50 +194,43 @@ impl Tracker {
     }
 
     /// Looks where all mappings have the lines that they had. `None` where one
-    /// was unmapped and mapped again at the same place: it is watched no
+    /// was unmapped and mapped again at the same place, and it is watched no
     /// longer.
     fn look_at_the_same(&mut self) -> Result<Option<Found>> {
-        let mut written = Vec::new();
-        for stretch in self.stretches() {
-            let query = Query {
-                all: category::WRITTEN,
-                tell: category::WRITTEN,
-                followed: true,
-                ..Query::default()
-            };
-            let run = |r: Region| written.push(r.start..r.end);
-            match scan(&self.pagemap, stretch.start, stretch.end, query, run) {
-                Err(e) if e.raw_os_error() == Some(libc::EPERM) => return Ok(None),
-                r => r.context("scan the pages of", self.pid)?,
-            }
-        }
         let sparse = |v: &&Vma| v.is_private() && !self.is_dense(v);
-        let sparse: Vec<Vma> = self.layout.vmas.iter().filter(sparse).cloned().collect();
-        for vma in &sparse {
-            if !self.is_watched(vma)? {
-                return Ok(None);
+        let sparse = self.layout.vmas.iter().filter(sparse).map(Vma::range);
+        let sparse: Vec<Range<u64>> = sparse.collect();
+        let stretches = self.stretches().into_iter().map(|r| (r, true));
+        let mut changed = Vec::new();
+        for (range, dense) in stretches.chain(sparse.into_iter().map(|r| (r, false))) {
+            let part = Part {
+                range,
+                dense,
+                sent: &self.sent,
+            };
+            match self.writes.changed_in_the_same(part)? {
+                Some(runs) => changed.push(runs),
+                None => return Ok(None),
             }
         }
         self.layout.vmas.iter_mut().for_each(|v| v.fresh = false);
         let mut found = Found::default();
-        for r in written {
-            self.categorise(r, &mut found)?;
-        }
-        for vma in &sparse {
-            self.scan(vma, &Ranges::default(), false, &mut found)?;
+        for runs in changed {
+            self.categorise(&runs, &mut found)?;
         }
         Ok(Some(found))
     }
 
     /// Where private, dense mappings follow one another, with nothing but holes
-    /// between them.
+    /// between them, or not even those.
     fn stretches(&self) -> Vec<Range<u64>> {
         let mut all: Vec<Range<u64>> = Vec::new();
         let mut goes_on = false;
         for vma in &self.layout.vmas {
             let dense = vma.is_private() && self.is_dense(vma);
+            let joins = |r: &Range<u64>| r.end == vma.start || self.writes.skips_holes();
             match all.last_mut() {
-                Some(last) if dense && goes_on => last.end = vma.end,
+                Some(last) if dense && goes_on && joins(last) => last.end = vma.end,
                 _ if dense => all.push(vma.range()),
                 _ => {}
             }
@@ -237,23 +239,13 @@ impl Tracker {
         all
     }
 
-    fn is_watched(&self, vma: &Vma) -> Result<bool> {
-        let query = Query {
-            all: category::WPALLOWED,
-            tell: category::WPALLOWED,
-            ..Query::default()
-        };
-        let mut watched = false;
-        self.pagemap_scan(vma.start..vma.start + PAGE, query, |_| watched = true)?;
-        Ok(watched)
-    }
-
     /// Lists the address space again; also returns where nothing that was sent
     /// counts any more.
     fn list(&mut self) -> Result<(Found, Ranges)> {
         self.same_space()?;
         self.seen = smaps::parse(&proc::mappings(self.pid, "smaps")?)?;
-        let layout = Layout::from_mappings(&self.seen, &self.layout.files)?;
+        let follows = |m: &Mapping| self.writes.follows(m);
+        let layout = Layout::from_mappings(&self.seen, &self.layout.files, follows)?;
         let steps = steps(&self.layout.vmas, &layout.vmas);
         let mut renewed = Ranges::default();
         for step in &steps {
@@ -299,61 +291,22 @@ impl Tracker {
         }
     }
 
-    fn scan(
-        &mut self,
-        vma: &Vma,
-        renewed: &Ranges,
-        protect: bool,
-        found: &mut Found,
-    ) -> Result<()> {
-        use category::*;
-        const THERE: u64 = PRESENT | SWAPPED;
-        const ALL: u64 = THERE | FILE | PFNZERO;
+    fn scan(&mut self, vma: &Vma, renewed: &Ranges, then: Then, found: &mut Found) -> Result<()> {
         let anew = renewed.within(vma.range());
+        let dense = self.is_dense(vma);
         // What was mapped anew is sent whatever it is.
         for part in &anew {
-            let query = Query {
-                any: THERE,
-                tell: ALL,
-                protect,
-                ..Query::default()
-            };
-            let mut runs = Vec::new();
-            self.pagemap_scan(part.clone(), query, |r| runs.push(r))?;
-            for (r, what) in runs {
-                self.sort(r, what, found);
-            }
+            let there = self.writes.present(part.clone(), then)?;
+            self.categorise(&there, found)?;
         }
-        for part in without(vma.range(), &anew) {
-            if self.is_dense(vma) {
-                let mut written = Vec::new();
-                let query = Query {
-                    all: WRITTEN,
-                    tell: WRITTEN,
-                    protect,
-                    ..Query::default()
-                };
-                self.pagemap_scan(part, query, |(r, _)| written.push(r))?;
-                for r in written {
-                    self.categorise(r, found)?;
-                }
-            } else {
-                let mut runs = Vec::new();
-                let query = Query {
-                    all: WRITTEN,
-                    any: THERE,
-                    tell: ALL,
-                    protect,
-                    ..Query::default()
-                };
-                self.pagemap_scan(part.clone(), query, |r| runs.push(r))?;
-                for (r, what) in runs {
-                    self.sort(r, what, found);
-                }
-                for r in self.sent.within(part) {
-                    self.find_gone(r, found)?;
-                }
-            }
+        for range in without(vma.range(), &anew) {
+            let part = Part {
+                range,
+                dense,
+                sent: &self.sent,
+            };
+            let changed = self.writes.changed(part, then)?;
+            self.categorise(&changed, found)?;
         }
         Ok(())
     }
@@ -365,50 +318,40 @@ impl Tracker {
         len <= DENSE || resident >= len / 2
     }
 
-    fn pagemap_scan(
-        &self,
-        r: Range<u64>,
-        query: Query,
-        mut each: impl FnMut((Range<u64>, u64)),
-    ) -> Result<()> {
-        scan(&self.pagemap, r.start, r.end, query, |region| {
-            each((region.start..region.end, region.categories))
-        })
-        .context("scan the pages of", self.pid)
-    }
-
-    /// Tells what the pages of a written run are now.
-    fn categorise(&mut self, r: Range<u64>, found: &mut Found) -> Result<()> {
+    /// Tells what the pages of runs, which are in order, are now.
+    fn categorise(&mut self, runs: &[Range<u64>], found: &mut Found) -> Result<()> {
         use category::*;
         let query = Query {
             any: PRESENT | SWAPPED,
-            tell: PRESENT | SWAPPED | FILE | PFNZERO,
+            tell: FILE | PFNZERO,
             ..Query::default()
         };
-        let mut runs = Vec::new();
-        self.pagemap_scan(r.clone(), query, |x| runs.push(x))?;
-        let mut at = r.start;
-        for (run, what) in runs {
-            self.gone(at..run.start, found);
-            at = run.end;
-            self.sort(run, what, found);
-        }
-        self.gone(at..r.end, found);
-        Ok(())
-    }
-
-    /// Finds what was sent of a run and is absent now.
-    fn find_gone(&mut self, r: Range<u64>, found: &mut Found) -> Result<()> {
-        use category::*;
-        let query = Query {
-            any: PRESENT | SWAPPED,
-            tell: PRESENT,
-            ..Query::default()
-        };
-        let mut there = Vec::new();
-        self.pagemap_scan(r.clone(), query, |(x, _)| there.push(x))?;
-        for hole in without(r, &there) {
-            self.gone(hole, found);
+        let near = |a: &Range<u64>, b: &Range<u64>| b.start - a.end <= NEAR;
+        for some in runs.chunk_by(near) {
+            let whole = some[0].start..some[some.len() - 1].end;
+            let mut there = Vec::new();
+            scan(&self.pagemap, whole.start, whole.end, query, |r| {
+                there.push((r.start..r.end, r.categories));
+            })
+            .context("scan the pages of", self.pid)?;
+            let mut n = 0;
+            for run in some {
+                let mut at = run.start;
+                while let Some((r, what)) = there.get(n).filter(|(r, _)| r.start < run.end) {
+                    let part = r.start.max(run.start)..r.end.min(run.end);
+                    if !part.is_empty() {
+                        self.gone(at..part.start, found);
+                        at = part.end;
+                        self.sort(part, *what, found);
+                    }
+                    if r.end > run.end {
+                        // The rest of it may lie in the next run.
+                        break;
+                    }
+                    n += 1;
+                }
+                self.gone(at..run.end, found);
+            }
         }
         Ok(())
     }
@@ -545,167 +488,5 @@ impl Tracker {
     }
 }
 
-/// Adds a run, joined to the last where they touch.
-fn push(runs: &mut Vec<Range<u64>>, r: Range<u64>) {
-    match runs.last_mut() {
-        Some(last) if last.end == r.start => last.end = r.end,
-        _ if r.is_empty() => {}
-        _ => runs.push(r),
-    }
-}
-
-/// `r` without `parts`, which lie in it in order.
-fn without(r: Range<u64>, parts: &[Range<u64>]) -> Vec<Range<u64>> {
-    let mut rest = Vec::new();
-    let mut at = r.start;
-    for p in parts {
-        push(&mut rest, at..p.start.max(at));
-        at = at.max(p.end);
-    }
-    push(&mut rest, at..r.end.max(at));
-    rest
-}
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use std::io::{BufRead, BufReader, Write};
-    use std::process::{Child, ChildStdout, Command, Stdio};
-
-    const LEN: u64 = 16 << 20;
-    /// Fills so much memory with mappings that nothing can be joined to, and does
-    /// with it what it is told.
-    const PROGRAM: &str = r#"
-import ctypes, sys
-c = ctypes.CDLL(None)
-c.mmap.restype = ctypes.c_void_p
-c.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t] + 3 * [ctypes.c_int] + [ctypes.c_long]
-size = 16 << 20
-at = c.mmap(None, size + 8192, 0, 0x22, -1, 0) + 4096
-fresh = lambda: c.mmap(at, size, 3, 0x32, -1, 0)
-fresh()
-ctypes.memset(at, 7, size)
-print(at, flush=True)
-for line in sys.stdin:
-    if line == "map\n":
-        fresh()
-    ctypes.memset(at + 5 * 4096, 9, 1)
-    print("done", flush=True)
-"#;
-
-    struct Program(Child, BufReader<ChildStdout>);
-
-    impl Program {
-        fn start() -> (Program, Range<u64>) {
-            let mut child = Command::new("python3")
-                .args(["-c", PROGRAM])
-                .stdin(Stdio::piped())
-                .stdout(Stdio::piped())
-                .spawn()
-                .unwrap();
-            let out = BufReader::new(child.stdout.take().unwrap());
-            let mut program = Program(child, out);
-            let at: u64 = program.says().parse().unwrap();
-            (program, at..at + LEN)
-        }
-
-        fn says(&mut self) -> String {
-            let mut line = String::new();
-            self.1.read_line(&mut line).unwrap();
-            line.trim().into()
-        }
-
-        fn does(&mut self, what: &str) {
-            let stdin = self.0.stdin.as_mut().unwrap();
-            writeln!(stdin, "{what}").unwrap();
-            assert_eq!(self.says(), "done");
-        }
-
-        /// With all that it has counted as sent.
-        fn followed(&self) -> Option<Tracker> {
-            let mut stopped = Stopped::seize(self.0.id() as i32).unwrap();
-            let mut tracker = Tracker::attach(&mut stopped).unwrap();
-            stopped.detach().unwrap();
-            for _ in 0..2 {
-                let found = tracker.look().unwrap();
-                found.pages.into_iter().for_each(|r| tracker.mark_sent(r));
-            }
-            tracker.tracks().then_some(tracker)
-        }
-
-        fn last_look(&self, tracker: &mut Tracker) -> Found {
-            let stopped = Stopped::seize(self.0.id() as i32).unwrap();
-            let found = tracker.last_look().unwrap();
-            stopped.detach().unwrap();
-            found
-        }
-    }
-
-    impl Drop for Program {
-        fn drop(&mut self) {
-            let _ = self.0.kill();
-            let _ = self.0.wait();
-        }
-    }
-
-    fn within(runs: &[Range<u64>], area: &Range<u64>) -> u64 {
-        let part = |r: &Range<u64>| r.end.min(area.end).saturating_sub(r.start.max(area.start));
-        runs.iter().map(part).sum()
-    }
-
-    #[test]
-    fn the_last_look_finds_what_was_written() {
-        let (mut program, area) = Program::start();
-        let Some(mut tracker) = program.followed() else {
-            eprintln!("skipped: this kernel does not track writes");
-            return;
-        };
-        program.does("write");
-        let found = program.last_look(&mut tracker);
-        assert!(found.steps.is_empty());
-        assert_eq!(within(&found.pages, &area), PAGE);
-        assert_eq!(within(&found.drops, &area), 0);
-    }
-
-    #[test]
-    fn the_last_look_finds_what_was_mapped_again_at_the_same_place() {
-        let (mut program, area) = Program::start();
-        let Some(mut tracker) = program.followed() else {
-            eprintln!("skipped: this kernel does not track writes");
-            return;
-        };
-        program.does("map");
-        let found = program.last_look(&mut tracker);
-        let page = area.start + 5 * PAGE..area.start + 6 * PAGE;
-        assert_eq!(within(&found.pages, &page), PAGE);
-        // The husk maps it anew as well, or is told page by page.
-        let mapped = |s: &Step| matches!(s, Step::Map(v) if v.start == area.start);
-        let gone = LEN - within(&found.pages, &area);
-        assert!(
-            found.steps.iter().any(mapped) || within(&found.drops, &area) == gone,
-            "{found:?}"
-        );
-    }
-
-    #[test]
-    fn stretches_end_where_something_else_is_mapped() {
-        let (program, area) = Program::start();
-        let Some(tracker) = program.followed() else {
-            eprintln!("skipped: this kernel does not track writes");
-            return;
-        };
-        let stretches = tracker.stretches();
-        assert!(stretches
-            .iter()
-            .any(|r| r.start <= area.start && area.end <= r.end));
-        for vma in &tracker.layout.vmas {
-            let inside = |r: &Range<u64>| r.start < vma.end && vma.start < r.end;
-            let covered = stretches.iter().any(inside);
-            assert_eq!(
-                covered,
-                vma.is_private() && tracker.is_dense(vma),
-                "{vma:?}"
-            );
-        }
-    }
-}
+mod tests;

@@ -63,6 +63,7 @@ abi_consts! {
     IOC_CAPTURE: u32 = 0xb702;
     IOC_RESTORE: u32 = 0xb703;
     IOC_VMAS: u32 = 0xb704;
+    IOC_DIRTY: u32 = 0xb705;
     SEC_REGS: u64 = 1 << 0;
     SEC_XSTATE: u64 = 1 << 1;
     SEC_SIGMASK: u64 = 1 << 2;
@@ -83,6 +84,11 @@ abi_consts! {
     SEC_OWN: u64 = 1 << 32;
     SEC_INFO: u64 = 1 << 33;
     FEAT_VMAS: u64 = 1 << 0;
+    FEAT_DIRTY: u64 = 1 << 1;
+    DIRTY_CLEAN: u32 = 1 << 0;
+    PAGE_PRESENT: u64 = 1 << 61;
+    PAGE_HELD: u64 = 1 << 62;
+    PAGE_WRITTEN: u64 = 1 << 63;
     NSIG: u32 = 64;
     SI_SHARED: u32 = 1 << 0;
     SI_BARE: u32 = 1 << 1;
@@ -398,5 +404,15 @@ abi_structs! {
         pkey: u32,
         page_bytes: u32,
         name: [u8; 32],
+    }
+    /// One look at what was written.
+    Dirty = "pmig_dirty" {
+        size: u32,
+        flags: u32,
+        pidfd: i32,
+        reserved: u32,
+        start: u64,
+        end: u64,
+        pages: u64,
     }
 }

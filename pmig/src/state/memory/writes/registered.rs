@@ -1,0 +1,117 @@
+//! Mappings under a userfaultfd of ours: one that was made anew or moved is
+//! registered no longer, and so is told from the one that stood there before.
+
+use std::fs::File;
+use std::ops::Range;
+use std::os::fd::{AsFd, OwnedFd};
+
+use super::{open_pagemap, runs, Part};
+use crate::error::{Context, Error, Result};
+use crate::proc::smaps::Mapping;
+use crate::state::memory::PAGE;
+use crate::sys::pagemap::{category, scan, Query};
+use crate::sys::{pidfd, uffd};
+use crate::tracee::{Batch, Stopped};
+
+/// A userfaultfd of a process, which asks for nothing by itself.
+pub(super) struct Registered {
+    pub pid: i32,
+    pub pagemap: File,
+    uffd: OwnedFd,
+    /// Whether write protection is asynchronous (Linux 6.7). Without that only
+    /// anonymous memory can be registered, and PAGEMAP_SCAN tells nothing of it.
+    pub asynchronous: bool,
+}
+
+impl Registered {
+    /// Has the process make one for us.
+    ///
+    /// # Errors
+    /// It cannot.
+    pub fn begin(stopped: &mut Stopped) -> Result<Registered> {
+        let pid = stopped.pid();
+        let pagemap = open_pagemap(pid)?;
+        let process = pidfd::open(pid).context("open process", pid)?;
+        let mut b = Batch::new();
+        let flags = libc::O_CLOEXEC | libc::O_NONBLOCK | uffd::USER_MODE_ONLY;
+        let fd = b.may_fail("userfaultfd", libc::SYS_userfaultfd, &[flags.into()]);
+        let fd = stopped.run(b)?.result(fd);
+        if fd < 0 {
+            return Err(Error::Os {
+                op: "make a userfaultfd in",
+                object: format!("process {pid}"),
+                cause: std::io::Error::from_raw_os_error(-fd as i32),
+            });
+        }
+        let ours = pidfd::get(process.as_fd(), fd as i32);
+        let mut b = Batch::new();
+        b.call("close", libc::SYS_close, &[fd.into()]);
+        stopped.run(b)?;
+        let uffd = ours.context("fetch the userfaultfd of", pid)?;
+        let asynchronous = uffd::enable_async_wp(&uffd).is_ok();
+        if !asynchronous {
+            uffd::enable(&uffd).context("begin with the userfaultfd of", pid)?;
+        }
+        Ok(Registered {
+            pid,
+            pagemap,
+            uffd,
+            asynchronous,
+        })
+    }
+
+    pub fn follows(&self, mapping: &Mapping) -> bool {
+        mapping.has(b"uw") || !self.can(mapping)
+    }
+
+    /// Whether a mapping could be registered. Of a file's, before Linux 6.7, it is
+    /// believed that nobody moves one to where another of the same file stood.
+    fn can(&self, mapping: &Mapping) -> bool {
+        self.asynchronous || mapping.inode == 0
+    }
+
+    pub fn follow(&self, mapping: Range<u64>) -> bool {
+        let len = mapping.end - mapping.start;
+        uffd::register_wp(&self.uffd, mapping.start, len).is_ok() || !self.asynchronous
+    }
+
+    /// Whether all mappings in a part are registered still.
+    pub fn still(&self, part: &Part<'_>) -> Result<bool> {
+        if !self.asynchronous {
+            return Ok(false);
+        }
+        if !part.dense {
+            let query = Query {
+                all: category::WPALLOWED,
+                tell: category::WPALLOWED,
+                ..Query::default()
+            };
+            let at = part.range.start;
+            let found = runs(&self.pagemap, self.pid, at..at + PAGE, query)?;
+            return Ok(!found.is_empty());
+        }
+        self.written_in_the_same(&part.range, |_| {})
+    }
+
+    /// Calls `each` with what was written since it was protected; false where a
+    /// mapping is registered no longer.
+    pub fn written_in_the_same(
+        &self,
+        r: &Range<u64>,
+        mut each: impl FnMut(Range<u64>),
+    ) -> Result<bool> {
+        let query = Query {
+            all: category::WRITTEN,
+            tell: category::WRITTEN,
+            followed: true,
+            ..Query::default()
+        };
+        match scan(&self.pagemap, r.start, r.end, query, |r| {
+            each(r.start..r.end)
+        }) {
+            Ok(()) => Ok(true),
+            Err(e) if e.raw_os_error() == Some(libc::EPERM) => Ok(false),
+            Err(e) => Err(e).context("scan the pages of", self.pid),
+        }
+    }
+}
