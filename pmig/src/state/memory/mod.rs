@@ -2,6 +2,8 @@
 
 mod layout;
 mod ranges;
+#[cfg(test)]
+mod tests;
 mod track;
 
 pub use layout::{

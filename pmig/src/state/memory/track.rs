@@ -214,6 +214,11 @@ impl Tracker {
         for vma in &sparse {
             self.scan(vma, &Ranges::default(), false, &mut found)?;
         }
+        let of_a_file = |v: &&Vma| v.is_private() && matches!(v.backing, Backing::File(_));
+        let files: Vec<Vma> = self.layout.vmas.iter().filter(of_a_file).cloned().collect();
+        for vma in files {
+            self.find_reverted(vma.range(), &mut found)?;
+        }
         Ok(Some(found))
     }
 
@@ -318,6 +323,9 @@ impl Tracker {
             }
         }
         for part in without(vma.range(), &anew) {
+            if matches!(vma.backing, Backing::File(_)) {
+                self.find_reverted(part.clone(), found)?;
+            }
             if self.is_dense(vma) {
                 let mut written = Vec::new();
                 let query = Query {
@@ -402,6 +410,28 @@ impl Tracker {
         self.pagemap_scan(r.clone(), query, |(x, _)| there.push(x))?;
         for hole in without(r, &there) {
             self.gone(hole, found);
+        }
+        Ok(())
+    }
+
+    /// Finds what was sent of a file's mapping and is the file's again. Where such
+    /// a page is discarded, the kernel keeps a mark that it was write-protected
+    /// (mm/memory.c, `zap_install_uffd_wp_if_needed`), so that it is neither
+    /// written nor absent: it looks swapped out, or is the file's.
+    fn find_reverted(&mut self, r: Range<u64>, found: &mut Found) -> Result<()> {
+        use category::*;
+        let query = Query {
+            any: FILE | SWAPPED,
+            tell: FILE | SWAPPED | WRITTEN,
+            ..Query::default()
+        };
+        let mut runs = Vec::new();
+        for sent in self.sent.within(r) {
+            self.pagemap_scan(sent, query, |run| runs.push(run))?;
+        }
+        // What is written besides is found as such.
+        for (run, what) in runs.into_iter().filter(|(_, what)| what & WRITTEN == 0) {
+            self.sort(run, what, found);
         }
         Ok(())
     }
