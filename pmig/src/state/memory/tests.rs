@@ -121,3 +121,20 @@ fn a_discarded_page_of_a_file_is_the_files_again() {
         assert!(!holds(&found.drops, &program.page(2)));
     }
 }
+
+#[test]
+fn writes_are_found_where_another_mapping_was_moved_beside_theirs() {
+    let mut program = Program::start();
+    program.does("c.mmap(page(0), 2 * 4096, 3, 0x32, -1, 0); fill(0, 7)");
+    program.does("c.mmap(page(8), 4096, 3, 0x32, -1, 0)");
+    let Some(mut tracker) = program.followed() else {
+        eprintln!("skipped: this kernel does not track writes");
+        return;
+    };
+    // The kernel makes one of both, and watches it no longer.
+    program.does("c.mremap(page(8), 4096, 4096, 3, page(2)); fill(0, 8)");
+    look(&mut tracker);
+    program.does("fill(0, 9)");
+    let found = program.last_look(&mut tracker);
+    assert!(holds(&found.pages, &program.page(0)), "{found:x?}");
+}

@@ -136,10 +136,18 @@ impl Tracker {
         Ok(found)
     }
 
+    /// Begins to watch a mapping, with no page of it protected. One that was
+    /// watched before and is no longer (mremap(2) put another beside it, and both
+    /// became one) may have pages that look protected but are not; no scan would
+    /// protect those (fs/proc/task_mmu.c, `pagemap_scan_pmd_entry`). To take them
+    /// out clears them.
     fn register(&self, vma: &Vma) -> bool {
-        self.uffd
-            .as_ref()
-            .is_some_and(|fd| uffd::register_wp(fd, vma.start, vma.end - vma.start).is_ok())
+        let (start, len) = (vma.start, vma.end - vma.start);
+        self.uffd.as_ref().is_some_and(|fd| {
+            uffd::register_wp(fd, start, len).is_ok()
+                && uffd::unregister(fd, start, len).is_ok()
+                && uffd::register_wp(fd, start, len).is_ok()
+        })
     }
 
     /// Looks at the program standing still: what is left.
