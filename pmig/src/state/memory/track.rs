@@ -16,7 +16,6 @@ use nix::unistd::Pid;
 use super::layout::{steps, Backing, Layout, Step, Vma, PAGE};
 use super::ranges::Ranges;
 use crate::error::{Context, Error, Obstacle, Result};
-use crate::proc;
 use crate::proc::smaps::{self, Mapping};
 use crate::sys::pagemap::{category, scan, Query, Region};
 use crate::sys::{pidfd, uffd};
@@ -182,7 +181,7 @@ impl Tracker {
     /// as its line tells.
     fn is_unchanged(&self) -> Result<bool> {
         self.same_space()?;
-        let now = smaps::parse(&proc::mappings(self.pid, "maps")?)?;
+        let now = smaps::list(self.pid, "maps")?;
         let same =
             now.len() == self.seen.len() && now.iter().zip(&self.seen).all(|(a, b)| a.same_line(b));
         let mut private = self.layout.vmas.iter().filter(|v| v.is_private());
@@ -262,7 +261,7 @@ impl Tracker {
     /// counts any more.
     fn list(&mut self) -> Result<(Found, Ranges)> {
         self.same_space()?;
-        self.seen = smaps::parse(&proc::mappings(self.pid, "smaps")?)?;
+        self.seen = smaps::list(self.pid, "smaps")?;
         let layout = Layout::from_mappings(&self.seen, &self.layout.files)?;
         let steps = steps(&self.layout.vmas, &layout.vmas);
         let mut renewed = Ranges::default();
