@@ -10,6 +10,7 @@ mod holders;
 mod hosts;
 mod listing;
 mod moving;
+mod random;
 mod refusing;
 mod surviving;
 mod terminals;
@@ -25,6 +26,7 @@ fn main() -> ExitCode {
     trials.extend(dumping::trials());
     trials.extend(terminals::trials());
     trials.extend(holders::trials());
+    trials.extend(random::trials());
     trials.extend(refusing::trials());
     trials.extend(surviving::trials());
     trials.extend(faults::trials());
