@@ -16,6 +16,7 @@ pub const SAMPLES: &[&str] = &[
     "files",
     "iterative",
     "memory",
+    "random",
     "recursive",
     "roundtrip",
     "signals",

@@ -10,6 +10,7 @@ mod holders;
 mod hosts;
 mod listing;
 mod moving;
+mod random;
 mod refusing;
 mod reporting;
 mod surviving;
@@ -28,6 +29,7 @@ fn main() -> ExitCode {
     trials.extend(dumping::trials());
     trials.extend(terminals::trials());
     trials.extend(holders::trials());
+    trials.extend(random::trials());
     trials.extend(refusing::trials());
     trials.extend(reporting::trials());
     trials.extend(surviving::trials());

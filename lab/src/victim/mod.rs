@@ -5,6 +5,7 @@
 
 pub mod area;
 pub mod pipe;
+pub mod random;
 pub mod raw;
 pub mod restless;
 pub mod vectors;
@@ -104,11 +105,16 @@ impl Pace {
     /// How long a line is to take: no time once somebody has made the file
     /// [`hurry`].
     pub fn pause(&self) -> Duration {
-        if self.pause.is_zero() || self.hurry.exists() {
+        if self.pause.is_zero() || self.is_hurried() {
             Duration::ZERO
         } else {
             self.pause
         }
+    }
+
+    /// Whether somebody has made that file.
+    pub fn is_hurried(&self) -> bool {
+        self.hurry.exists()
     }
 
     /// Sleeps for as long.

@@ -46,6 +46,33 @@ impl Mapping {
     }
 }
 
+/// Lists the mappings of a process by its file of that name, `maps` or `smaps`.
+///
+/// The kernel hands the list out in pieces. Between two of them a program that
+/// runs may join mappings, which are then listed twice: it is listed again
+/// until that did not happen.
+///
+/// # Errors
+/// As [`super::read`], or a list that no kernel makes.
+pub fn list(pid: i32, name: &str) -> Result<Vec<Mapping>> {
+    const TRIES: usize = 100;
+    for _ in 0..TRIES {
+        let all = parse(&super::mappings(pid, name)?)?;
+        if apart(&all) {
+            return Ok(all);
+        }
+    }
+    Err(Error::bad(
+        format!("/proc/{pid}/{name}"),
+        "the program changes its mappings faster than they can be listed",
+    ))
+}
+
+/// Whether each mapping ends before the next begins.
+fn apart(all: &[Mapping]) -> bool {
+    all.windows(2).all(|two| two[0].end <= two[1].start)
+}
+
 /// Parses the whole file, or /proc/PID/maps, which tells less.
 pub fn parse(text: &[u8]) -> Result<Vec<Mapping>> {
     let mut all: Vec<Mapping> = Vec::new();
@@ -151,6 +178,17 @@ fn number(text: &[u8]) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_mapping_that_grew_while_the_list_was_read_is_noticed() {
+        let line = |range: &str| format!("{range} rw-p 00000000 00:00 0 \n");
+        let list = |ranges: &[&str]| {
+            let text: String = ranges.iter().map(|range| line(range)).collect();
+            parse(text.as_bytes()).unwrap()
+        };
+        assert!(apart(&list(&["1000-3000", "3000-4000", "6000-7000"])));
+        assert!(!apart(&list(&["1000-3000", "1000-4000", "6000-7000"])));
+    }
 
     #[test]
     fn the_kernels_own_text_is_understood() {

@@ -22,7 +22,7 @@ use crate::claim::Claim;
 use crate::error::{Context, Error, Obstacle, Result};
 use crate::fault::{self, Role};
 use crate::hold::{self, Frozen, Hold};
-use crate::holder::{self, Holder};
+use crate::holder::Holder;
 use crate::id::{Id, Secret};
 use crate::image::{Final, Preview};
 use crate::interrupt;
@@ -33,7 +33,7 @@ use crate::lineage;
 use crate::patience::patience;
 use crate::phase::Phase;
 use crate::proc::status::Pending;
-use crate::protocol::message::{Accepted, Hello, ToSource, ToTarget, MAX_RAW};
+use crate::protocol::message::{Accepted, Hello, ToSource, ToTarget};
 use crate::protocol::{preface, Wire};
 use crate::report::{Event, Facts, Failure, Freeze, Outcome, Progress, Summary};
 use crate::resolve::{self, Now};
@@ -45,11 +45,9 @@ use crate::state::paths::FilePath;
 use crate::state::pcb::{self, Backend, CaptureContext, MachineFacts, PcbChoice};
 use crate::state::restart::{ProgramClock, Watch as RestartWatch};
 use crate::state::signals::Signals;
-use crate::sys::memory::keep_in;
 use crate::tracee::{Ground, Stopped};
 use crate::transport::Addr;
 use files::SourceFiles;
-use later::Outlook;
 pub use notes::notes;
 use undo::{abandon, has_ended};
 
@@ -59,8 +57,6 @@ const PATIENCE: Duration = Duration::from_secs(60);
 const FROZEN_PATIENCE: Duration = Duration::from_secs(8);
 /// How long the fate is asked for before a person has to.
 const FATE_PATIENCE: Duration = Duration::from_secs(30);
-/// Rounds of the copy, at most.
-const MOST_ROUNDS: u32 = 30;
 
 /// What the person who migrates can choose.
 #[derive(Debug, Clone)]
@@ -401,77 +397,6 @@ impl<'a> Run<'a> {
             restart,
             last: None,
         })
-    }
-
-    /// Copies memory and files while the program runs, until what is left fits
-    /// the freeze.
-    fn copy(&mut self, b: &mut Building) -> Result<()> {
-        let begun = self.begin(Phase::Copy);
-        b.keeper.enter(Phase::Copy)?;
-        keep_in();
-        self.buf = vec![0; MAX_RAW];
-        self.rehearse()?;
-        let mut smallest = u64::MAX;
-        let mut worse = 0;
-        let mut budget = 0;
-        let mut last_look = None;
-        loop {
-            let looked = Instant::now();
-            let mut found = b.tracker.look()?;
-            let table = self.descriptors.look(Beat::Running)?;
-            if table.reads_past_the_cache() {
-                b.tracker.distrust();
-            }
-            self.sync_files(&b.tracker.layout, &table)?;
-            let bytes = found.bytes();
-            // What was written since the last look, over that time.
-            let dirty_rate =
-                last_look.map(|then: Instant| send::per_second(bytes, looked.duration_since(then)));
-            last_look = Some(looked);
-            self.rounds += 1;
-            // Rounds that do not shrink lead nowhere.
-            worse = if bytes as f64 > smallest as f64 * 0.9 {
-                worse + 1
-            } else {
-                0
-            };
-            smallest = smallest.min(bytes);
-            let outlook = Outlook {
-                round: self.rounds,
-                bytes,
-                budget,
-                stuck: worse > 0 || self.rounds >= MOST_ROUNDS || !b.tracker.tracks(),
-            };
-            if self.is_left_behind(&outlook) {
-                self.postpone(b)?;
-                b.tracker.postpone(&mut found, &[]);
-            }
-            let rate = self.round(&mut b.tracker, &found, dirty_rate)?;
-            fault::point(Phase::Copy, Role::Source, || self.wire.link().cut());
-            if !b.tracker.tracks() || self.postponed {
-                break;
-            }
-            budget = (rate as f64 * self.options.max_freeze.as_secs_f64() / 2.0) as u64;
-            budget = budget.max(16 * PAGE);
-            if self.rounds > 1 && bytes <= budget {
-                break;
-            }
-            if worse >= 3 || self.rounds >= MOST_ROUNDS {
-                self.progress.event(&Event::Note {
-                    text: format!(
-                        "the program writes as fast as the link carries; the rest, {}, is copied \
-                         while it stands still",
-                        size(bytes)
-                    ),
-                });
-                break;
-            }
-        }
-        self.compare_clocks()?;
-        self.descriptors.recheck()?;
-        self.holder = holder::find(self.pid)?;
-        self.ended(Phase::Copy, format!("{} rounds", self.rounds), begun);
-        Ok(())
     }
 
     /// Stops the program and sends all that is left. It stands still from here

@@ -3,14 +3,94 @@
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
-use super::{answer, unexpected, Run};
+use super::later::Outlook;
+use super::{answer, size, unexpected, Building, Run};
 use crate::error::Result;
+use crate::fault::{self, Role};
+use crate::holder;
 use crate::interrupt;
+use crate::phase::Phase;
 use crate::protocol::message::{ToSource, ToTarget, MAX_RAW};
 use crate::report::{Event, Round};
+use crate::state::fd::Beat;
 use crate::state::memory::{Found, Tracker, PAGE};
+use crate::sys::memory::keep_in;
+
+/// Rounds of the copy, at most.
+const MOST_ROUNDS: u32 = 30;
 
 impl Run<'_> {
+    /// Copies memory and files while the program runs, until what is left fits
+    /// the freeze.
+    pub(super) fn copy(&mut self, b: &mut Building) -> Result<()> {
+        let begun = self.begin(Phase::Copy);
+        b.keeper.enter(Phase::Copy)?;
+        keep_in();
+        self.buf = vec![0; MAX_RAW];
+        self.rehearse()?;
+        let mut smallest = u64::MAX;
+        let mut worse = 0;
+        let mut budget = 0;
+        let mut last_look = None;
+        loop {
+            let looked = Instant::now();
+            let mut found = b.tracker.look()?;
+            let table = self.descriptors.look(Beat::Running)?;
+            if table.reads_past_the_cache() {
+                b.tracker.distrust();
+            }
+            self.sync_files(&b.tracker.layout, &table)?;
+            let bytes = found.bytes();
+            // What was written since the last look, over that time.
+            let dirty_rate =
+                last_look.map(|then: Instant| per_second(bytes, looked.duration_since(then)));
+            last_look = Some(looked);
+            self.rounds += 1;
+            // Rounds that do not shrink lead nowhere.
+            worse = if bytes as f64 > smallest as f64 * 0.9 {
+                worse + 1
+            } else {
+                0
+            };
+            smallest = smallest.min(bytes);
+            let outlook = Outlook {
+                round: self.rounds,
+                bytes,
+                budget,
+                stuck: worse > 0 || self.rounds >= MOST_ROUNDS || !b.tracker.tracks(),
+            };
+            if self.is_left_behind(&outlook) {
+                self.postpone(b)?;
+                b.tracker.postpone(&mut found, &[]);
+            }
+            let rate = self.round(&mut b.tracker, &found, dirty_rate)?;
+            fault::point(Phase::Copy, Role::Source, || self.wire.link().cut());
+            if !b.tracker.tracks() || self.postponed {
+                break;
+            }
+            budget = (rate as f64 * self.options.max_freeze.as_secs_f64() / 2.0) as u64;
+            budget = budget.max(16 * PAGE);
+            if self.rounds > 1 && bytes <= budget {
+                break;
+            }
+            if worse >= 3 || self.rounds >= MOST_ROUNDS {
+                self.progress.event(&Event::Note {
+                    text: format!(
+                        "the program writes as fast as the link carries; the rest, {}, is copied \
+                         while it stands still",
+                        size(bytes)
+                    ),
+                });
+                break;
+            }
+        }
+        self.compare_clocks()?;
+        self.descriptors.recheck()?;
+        self.holder = holder::find(self.pid)?;
+        self.ended(Phase::Copy, format!("{} rounds", self.rounds), begun);
+        Ok(())
+    }
+
     /// One round; returns its rate in bytes per second.
     pub(super) fn round(
         &mut self,

@@ -6,7 +6,6 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Context, Error, Obstacle, Result};
-use crate::proc;
 use crate::proc::smaps::{self, Mapping};
 use crate::tracee::{Arg, Batch, RemoteAddr};
 
@@ -152,8 +151,7 @@ impl Layout {
     ///
     /// [`Error::Refused`] with every mapping that cannot be carried.
     pub fn capture(pid: i32, known: &[MappedFile]) -> Result<Layout> {
-        let text = proc::mappings(pid, "smaps")?;
-        Layout::from_mappings(&smaps::parse(&text)?, known, |_| false)
+        Layout::from_mappings(&smaps::list(pid, "smaps")?, known, |_| false)
     }
 
     /// `follows`: of which mappings it is known what was done to them since they

@@ -3,6 +3,8 @@
 mod layout;
 mod missing;
 mod ranges;
+#[cfg(test)]
+mod tests;
 mod track;
 mod writes;
 

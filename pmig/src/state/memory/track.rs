@@ -16,7 +16,6 @@ use super::layout::{steps, Backing, Layout, Step, Vma, PAGE};
 use super::ranges::{push, without, Ranges};
 use super::writes::{begin, Nothing, Part, Then, Tracking, Writes};
 use crate::error::{Context, Error, Obstacle, Result};
-use crate::proc;
 use crate::proc::smaps::{self, Mapping};
 use crate::sys::pagemap::{category, scan, Query};
 use crate::tracee::Stopped;
@@ -186,7 +185,7 @@ impl Tracker {
     /// as its line tells.
     fn is_unchanged(&self) -> Result<bool> {
         self.same_space()?;
-        let now = smaps::parse(&proc::mappings(self.pid, "maps")?)?;
+        let now = smaps::list(self.pid, "maps")?;
         let same =
             now.len() == self.seen.len() && now.iter().zip(&self.seen).all(|(a, b)| a.same_line(b));
         let mut private = self.layout.vmas.iter().filter(|v| v.is_private());
@@ -218,6 +217,11 @@ impl Tracker {
         for runs in changed {
             self.categorise(&runs, &mut found)?;
         }
+        let of_a_file = |v: &&Vma| v.is_private() && matches!(v.backing, Backing::File(_));
+        let files: Vec<Vma> = self.layout.vmas.iter().filter(of_a_file).cloned().collect();
+        for vma in files {
+            self.find_reverted(vma.range(), &mut found)?;
+        }
         Ok(Some(found))
     }
 
@@ -243,7 +247,7 @@ impl Tracker {
     /// counts any more.
     fn list(&mut self) -> Result<(Found, Ranges)> {
         self.same_space()?;
-        self.seen = smaps::parse(&proc::mappings(self.pid, "smaps")?)?;
+        self.seen = smaps::list(self.pid, "smaps")?;
         let follows = |m: &Mapping| self.writes.follows(m);
         let layout = Layout::from_mappings(&self.seen, &self.layout.files, follows)?;
         let steps = steps(&self.layout.vmas, &layout.vmas);
@@ -300,6 +304,9 @@ impl Tracker {
             self.categorise(&there, found)?;
         }
         for range in without(vma.range(), &anew) {
+            if matches!(vma.backing, Backing::File(_)) {
+                self.find_reverted(range.clone(), found)?;
+            }
             let part = Part {
                 range,
                 dense,
@@ -352,6 +359,31 @@ impl Tracker {
                 }
                 self.gone(at..run.end, found);
             }
+        }
+        Ok(())
+    }
+
+    /// Finds what was sent of a file's mapping and is the file's again. Where such
+    /// a page is discarded, the kernel keeps a mark that it was write-protected
+    /// (mm/memory.c, `zap_install_uffd_wp_if_needed`), so that it is neither
+    /// written nor absent: it looks swapped out, or is the file's.
+    fn find_reverted(&mut self, r: Range<u64>, found: &mut Found) -> Result<()> {
+        use category::*;
+        let query = Query {
+            any: FILE | SWAPPED,
+            tell: FILE | SWAPPED | WRITTEN,
+            ..Query::default()
+        };
+        let mut runs = Vec::new();
+        for sent in self.sent.within(r) {
+            scan(&self.pagemap, sent.start, sent.end, query, |r| {
+                runs.push((r.start..r.end, r.categories));
+            })
+            .context("scan the pages of", self.pid)?;
+        }
+        // What is written besides is found as such.
+        for (run, what) in runs.into_iter().filter(|(_, what)| what & WRITTEN == 0) {
+            self.sort(run, what, found);
         }
         Ok(())
     }

@@ -70,9 +70,17 @@ impl Registered {
         self.asynchronous || mapping.inode == 0
     }
 
+    /// Begins with a mapping, no page of which is protected then. One that was
+    /// registered before and is no longer (mremap(2) put another beside it, and both
+    /// became one) may have pages that look protected but are not; no scan would
+    /// protect those (fs/proc/task_mmu.c, `pagemap_scan_pmd_entry`). To take them
+    /// out clears them.
     pub fn follow(&self, mapping: Range<u64>) -> bool {
-        let len = mapping.end - mapping.start;
-        uffd::register_wp(&self.uffd, mapping.start, len).is_ok() || !self.asynchronous
+        let (start, len) = (mapping.start, mapping.end - mapping.start);
+        let registered = uffd::register_wp(&self.uffd, start, len).is_ok()
+            && uffd::unregister(&self.uffd, start, len).is_ok()
+            && uffd::register_wp(&self.uffd, start, len).is_ok();
+        registered || !self.asynchronous
     }
 
     /// Whether all mappings in a part are registered still.
