@@ -232,8 +232,9 @@ impl Husk {
             .collect()
     }
 
-    /// The first page of these runs that has content, if one has.
-    pub fn first_present(&self, runs: &[Range<u64>]) -> Result<Option<u64>> {
+    /// The parts of these runs that are there, be it only as zeros: whoever reads its
+    /// command line brings that in.
+    pub fn present(&self, runs: &[Range<u64>]) -> Result<Vec<Range<u64>>> {
         let path = format!("/proc/{}/pagemap", self.pid());
         let pagemap = std::fs::File::open(&path).context("open", &path)?;
         let there = category::PRESENT | category::SWAPPED;
@@ -242,17 +243,14 @@ impl Husk {
             tell: there,
             ..Query::default()
         };
-        let mut first = None;
+        let mut present = Vec::new();
         for run in runs {
             scan(&pagemap, run.start, run.end, query, |r| {
-                first = first.or(Some(r.start));
+                present.push(r.start..r.end)
             })
             .context("scan the pages of", self.pid())?;
-            if first.is_some() {
-                break;
-            }
         }
-        Ok(first)
+        Ok(present)
     }
 
     /// Whether a run that a peer names lies in private mappings of the program.

@@ -70,6 +70,11 @@ impl Filler {
         })
     }
 
+    /// What was left behind is needed at once, and sent in another way.
+    pub fn is_there(&mut self, run: Range<u64>) -> Result<()> {
+        self.log.note(0, &Change::Gone(run))
+    }
+
     /// Bytes still missing.
     pub fn missing(&self) -> u64 {
         self.log.missing().iter().map(|m| m.len()).sum()
@@ -325,6 +330,7 @@ impl Filler {
     }
 
     fn fill(&mut self, space: usize, range: &Range<u64>, bytes: &[u8]) -> Result<()> {
+        let mut most = u64::MAX;
         loop {
             // Looked up anew each time: what is read meanwhile may change it.
             let places = self.log.missing()[space].places(range.clone());
@@ -333,7 +339,7 @@ impl Filler {
             else {
                 return Ok(());
             };
-            let len = place.end - place.start;
+            let len = (place.end - place.start).min(most);
             let bytes = &bytes[offset as usize..(offset + len) as usize];
             let first = page_of(place.start);
             match uffd::copy(fd, place.start, bytes).map_err(|e| errno(&e)) {
@@ -346,6 +352,8 @@ impl Filler {
                     let _ = uffd::wake(fd, first.start, PAGE);
                     self.log.note(space, &Change::Gone(first))?;
                 }
+                // Part of it may be another mapping by now (mprotect(2)).
+                Err(Errno::ENOENT) if len > PAGE => most = PAGE,
                 Err(Errno::ENOENT) => {
                     let _ = uffd::wake(fd, first.start, PAGE);
                     self.events(space)?;

@@ -29,4 +29,4 @@ mod serve;
 pub use fetch::{take_over, Filler};
 pub use guard::{run as run_guard, Guard};
 pub use log::Log;
-pub use serve::{serve_in_background, serve_until_whole, Told};
+pub use serve::{send_pieces, serve_in_background, serve_until_whole, Told};

@@ -87,6 +87,17 @@ pub fn serve_until_whole(
     }
 }
 
+/// Sends pieces of a program that stands still here.
+///
+/// # Errors
+/// It cannot be read, or the connection breaks.
+pub fn send_pieces(record: &Record, pieces: &[(u64, u32)], wire: &mut Wire) -> Result<()> {
+    let mut copy = Copy::of(record)?;
+    pieces
+        .iter()
+        .try_for_each(|(start, len)| copy.send(*start, *len, wire))
+}
+
 /// Has another process do it, which outlives this one.
 ///
 /// # Errors

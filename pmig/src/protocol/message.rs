@@ -160,7 +160,7 @@ pub enum ToSource {
     /// Memory may stay behind.
     Postponed,
     /// Runs of pages that stayed behind, first address and bytes, to be sent one by
-    /// one in this order.
+    /// one in this order. Before Ready: what was touched too early.
     Want(Vec<(u64, u32)>),
     /// Nothing is missing any more.
     Whole,

@@ -21,6 +21,7 @@ use crate::checkpoint;
 use crate::claim::Claim;
 use crate::error::{Context, Error, Obstacle, Result};
 use crate::fault::{self, Role};
+use crate::fill;
 use crate::hold::{self, Frozen, Hold};
 use crate::holder::Holder;
 use crate::id::{Id, Secret};
@@ -505,9 +506,14 @@ impl<'a> Run<'a> {
         self.begin(Phase::Ready);
         b.keeper.enter(Phase::Ready)?;
         self.send_typed(b)?;
-        let there = match answer(&mut self.wire)? {
-            ToSource::Ready(there) => there,
-            other => return Err(unexpected(&self.wire, &other)),
+        let there = loop {
+            match answer(&mut self.wire)? {
+                ToSource::Ready(there) => break there,
+                ToSource::Want(pieces) if self.postponed => {
+                    fill::send_pieces(b.armed.record(), &pieces, &mut self.wire)?;
+                }
+                other => return Err(unexpected(&self.wire, &other)),
+            }
         };
         self.wait_in_parts(there);
         fault::point(Phase::Ready, Role::Source, || self.wire.link().cut());

@@ -1,17 +1,19 @@
 //! Memory that stays behind at the source, and follows when the program runs.
 
 use std::collections::BTreeSet;
+use std::fs::File;
 use std::ops::Range;
 use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
 
-use super::{no_husk, watch_over, Building, PATIENCE};
+use super::{no_husk, out_of_turn, watch_over, Building, PATIENCE};
 use crate::error::{Context, Error, Result};
 use crate::fault::{self, Role};
 use crate::fill::{Filler, Guard, Log};
 use crate::image::Picture;
 use crate::journal::Committed;
 use crate::phase::Phase;
-use crate::protocol::message::{ToSource, ToTarget};
+use crate::protocol::message::{ToSource, ToTarget, MAX_RAW};
 use crate::protocol::Wire;
 use crate::state::clock::Namespace;
 use crate::sys::{pidfd, uffd};
@@ -56,10 +58,10 @@ impl Building {
         Ok(())
     }
 
-    /// From here on whoever touches what is missing waits for it. Nothing of it may
-    /// have been touched before.
+    /// From here on whoever touches what is missing waits for it. What was touched
+    /// before must not wait: it is zeros.
     pub(super) fn watch_missing(&mut self) -> Result<()> {
-        let Some(filler) = &self.filler else {
+        let Some(filler) = &mut self.filler else {
             return Ok(());
         };
         let husk = self.husk.as_ref().ok_or_else(no_husk)?;
@@ -74,13 +76,50 @@ impl Building {
             uffd::register_missing(filler.uffd()?, start, end - start)
                 .context("watch memory at", format_args!("{start:#x}"))?;
         }
-        match husk.first_present(&missing)? {
-            None => Ok(()),
-            Some(page) => Err(Error::bad(
-                format!("memory at {page:#x}"),
-                "was to follow later, and is there already",
-            )),
+        let touched = husk.present(&missing)?;
+        for run in &touched {
+            filler.is_there(run.clone())?;
         }
+        if !touched.is_empty() {
+            let path = format!("/proc/{}/mem", husk.pid());
+            let mem = File::options().write(true).open(&path);
+            self.touched = Some((mem.context("open", path)?, touched));
+        }
+        Ok(())
+    }
+
+    /// Has what was touched too early sent now.
+    pub(super) fn fetch_touched(&mut self, wire: &mut Wire) -> Result<()> {
+        let Some((mem, touched)) = self.touched.take() else {
+            return Ok(());
+        };
+        let pieces = touched.iter().flat_map(|r| {
+            let starts = (r.start..r.end).step_by(MAX_RAW);
+            starts.map(|at| at..r.end.min(at + MAX_RAW as u64))
+        });
+        let pieces: Vec<Range<u64>> = pieces.collect();
+        let wanted = pieces.iter().map(|p| (p.start, (p.end - p.start) as u32));
+        wire.send(&ToSource::Want(wanted.collect()))?;
+        for piece in pieces {
+            let bytes = &mut self.buf[..(piece.end - piece.start) as usize];
+            match wire.recv()? {
+                ToTarget::Piece { start, len, zero }
+                    if start == piece.start && len as usize == bytes.len() =>
+                {
+                    if zero {
+                        bytes.fill(0);
+                    } else {
+                        wire.recv_raw(bytes)?;
+                    }
+                }
+                other => return Err(out_of_turn(wire, &other)),
+            }
+            mem.write_all_at(bytes, piece.start).context(
+                "fill the husk's memory at",
+                format_args!("{:#x}", piece.start),
+            )?;
+        }
+        Ok(())
     }
 }
 

@@ -237,6 +237,8 @@ struct Building {
     mapped: BTreeMap<u32, OwnedFd>,
     /// For memory that follows later, if some does.
     filler: Option<Filler>,
+    /// What of that was touched before the program runs, and its memory.
+    touched: Option<(std::fs::File, Vec<Range<u64>>)>,
     /// The process, once its cgroup holds it.
     process: Option<OwnedFd>,
     /// What its terminals show.
@@ -327,6 +329,7 @@ impl Building {
                     holder: Some(holder),
                     mapped,
                     filler: None,
+                    touched: None,
                     process: None,
                     pictures: Vec::new(),
                     buf: Vec::new(),
@@ -517,6 +520,7 @@ impl Building {
                 other => return Err(out_of_turn(wire, &other)),
             }
         }
+        self.fetch_touched(wire)?;
         self.files.check()?;
         self.holder_lives()?;
         wire.send(&ToSource::Ready(times))?;
