@@ -15,20 +15,24 @@ use crate::error::{Context, Error, Result};
 use crate::id::Id;
 use crate::journal::{self, Fate, Looked};
 use crate::patience::patience;
-use crate::protocol::message::{ToSource, ToTarget};
+use crate::protocol::message::{ToSource, ToTarget, MAX_RAW};
 use crate::protocol::Wire;
 use crate::state::memory::{page_of, Ranges, BOTTOM, PAGE, TOP};
 use crate::sys::uffd::{self, Message};
 
 /// How long the source may take for its next word.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// Bytes asked for at once. A page that the program waits for may come behind as
-/// many as are on their way.
-const PIECE: u64 = 64 << 10;
+/// Bytes asked for at once, the fewest and the most. A page that the program waits
+/// for may come behind as many as are on their way.
+const PIECE: Range<u64> = 64 << 10..MAX_RAW as u64;
+/// A piece takes the link about this long.
+const PIECE_TIME: Duration = Duration::from_millis(2);
 /// The fewest and the most bytes on their way.
-const WINDOW: Range<u64> = 2 * PIECE..16 << 20;
+const WINDOW: Range<u64> = 4 * PIECE.start..16 << 20;
 /// What else may be on its way, for the machines' own slowness.
 const SLACK: Duration = Duration::from_millis(2);
+/// How much more than that, to find out what the link carries.
+const GAIN: f64 = 1.5;
 /// Pages asked for before their turn, at most.
 const MOST_URGENT: usize = 1024;
 
@@ -66,7 +70,7 @@ impl Filler {
             urgent: VecDeque::new(),
             zeros: Vec::new(),
             pace: Pace::new(),
-            buf: vec![0; PIECE as usize],
+            buf: vec![0; PIECE.end as usize],
         })
     }
 
@@ -185,7 +189,8 @@ impl Filler {
         for space in 0..self.spaces.len() {
             while self.asked_for.len() < self.pace.window() {
                 let missing = &self.log.missing()[space];
-                let Some((piece, on)) = missing.next(self.cursors[space], PIECE, &self.asked_for)
+                let Some((piece, on)) =
+                    missing.next(self.cursors[space], self.pace.piece(), &self.asked_for)
                 else {
                     break;
                 };
@@ -435,12 +440,18 @@ impl Pace {
         }
     }
 
+    fn piece(&self) -> u64 {
+        let bytes = (self.rate * PIECE_TIME.as_secs_f64()) as u64;
+        (bytes & !(PAGE - 1)).clamp(PIECE.start, PIECE.end)
+    }
+
     fn window(&self) -> u64 {
         if self.rate == 0.0 {
-            return WINDOW.start * 4;
+            return WINDOW.start;
         }
         let time = self.round_trip.min(Duration::from_secs(1)) + SLACK;
-        ((self.rate * time.as_secs_f64()) as u64).clamp(WINDOW.start, WINDOW.end)
+        // More than was carried, or it could never be seen that more can be.
+        ((self.rate * time.as_secs_f64() * GAIN) as u64).clamp(WINDOW.start, WINDOW.end)
     }
 }
 
