@@ -678,7 +678,8 @@ fn comm(pid: i32) -> Result<String> {
 fn size(bytes: u64) -> String {
     match bytes {
         0..=9_999 => format!("{bytes} bytes"),
-        10_000..=9_999_999 => format!("{} kB", bytes / 1000),
+        10_000..=999_999 => format!("{} kB", bytes / 1000),
+        1_000_000..=9_949_999 => format!("{:.1} MB", bytes as f64 / 1e6),
         _ => format!("{} MB", bytes / 1_000_000),
     }
 }
