@@ -15,7 +15,7 @@ use lab::Make;
 use std::process::ExitCode;
 use std::time::Duration;
 
-/// A program to move, and how.
+/// A program to move, and how: `roaming, hybrid` is `--mode hybrid`.
 type Config = (Make, &'static str, &'static str, u32);
 
 fn configs() -> Vec<Config> {
@@ -28,12 +28,21 @@ fn configs() -> Vec<Config> {
     }
     let mut all = Vec::new();
     for (make, pcbs, sizes) in [
-        (Make::Netns, &["ptrace"][..], &[1, 16, 64, 256, 1024][..]),
+        (
+            Make::Netns,
+            &["ptrace"][..],
+            &[1, 16, 64, 256, 1024, 4096][..],
+        ),
         (Make::Vm, &["ptrace", "kmod"][..], &[1, 16, 64, 256][..]),
     ] {
         for pcb in pcbs {
             for mode in ["hot", "roaming"] {
                 all.extend(sizes.iter().map(|size| (make, *pcb, mode, *size)));
+            }
+            // Memory that follows later.
+            for mode in ["roaming, hybrid", "roaming, post"] {
+                let large = sizes.iter().filter(|size| **size >= 64);
+                all.extend(large.map(|size| (make, *pcb, mode, *size)));
             }
         }
     }
@@ -51,8 +60,10 @@ fn start<'a>(
         if pcb == "kmod" && !stage.has_module() {
             return Err(CannotHere("the hosts have no /dev/pmig".into()).into());
         }
+        let (mode, how) = mode.split_once(", ").unwrap_or((mode, "auto"));
         let line = format!("ticker mode={mode} resident_mb={size} ticks=1000000000");
-        *mover = Some(Mover::start(&stage, &line, &format!("--pcb {pcb}"))?);
+        let more = format!("--pcb {pcb} --mode {how}");
+        *mover = Some(Mover::start(&stage, &line, &more)?);
     }
     mover.as_mut().context("no program was started")
 }
