@@ -1,16 +1,16 @@
 //! Post-copy: memory that follows when the program runs at the target already.
 //!
-//! The source's copy stays frozen, and whoever serves it ([`serve`]) only answers
+//! The source's copy stays frozen, and whoever serves it ([`serve_until_whole`]) only answers
 //! what it is asked: a page is what it was when the program stopped. At the target
 //! the *filler* ([`Filler`]) asks, for what the program touches first, and copies
 //! what comes into place (userfaultfd(2)).
 //!
 //! When the last who holds a userfaultfd closes it, whoever waits for a page gets
 //! zeros. So there are two who hold it: the filler, and the *guard*
-//! ([`guard::run`]), which does nothing else. If the filler dies, or its connection
+//! ([`run_guard`]), which does nothing else. If the filler dies, or its connection
 //! breaks, the guard freezes the program until another filler has taken over; if
 //! the guard dies, the filler freezes it and starts another one. What the filler
-//! knows is in a file that both share ([`log`]), so that a successor knows the same.
+//! knows is in a file that both share ([`Log`]), so that a successor knows the same.
 //!
 //! ```text
 //!   source                         target
