@@ -107,3 +107,14 @@ pub fn hold_perf_event() -> io::Result<OwnedFd> {
     // SAFETY: the call gave a new descriptor that nobody else owns.
     Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
 }
+
+/// Heeds Ctrl-C and Ctrl-\\ again, and so does what this process starts: who runs in
+/// the background of a script has them ignored, and a shell below it would never
+/// interrupt anything.
+pub fn heed_keys() {
+    use nix::sys::signal::{signal, SigHandler, Signal};
+    for key in [Signal::SIGINT, Signal::SIGQUIT] {
+        // SAFETY: no handler of ours is replaced, and none installed.
+        let _ = unsafe { signal(key, SigHandler::SigDfl) };
+    }
+}

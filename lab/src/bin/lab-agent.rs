@@ -6,6 +6,7 @@ use std::process::ExitCode;
 fn main() -> ExitCode {
     // Whatever the one who started the lab left open is not for its programs.
     let _ = pmig::sys::inherit::close_from(3);
+    lab::sys::heed_keys();
     let words = std::env::args().skip(1).collect::<Vec<_>>();
     let words = words.iter().map(String::as_str).collect::<Vec<_>>();
     let result = match words.as_slice() {

@@ -19,6 +19,10 @@ use crate::state::clock::Namespace;
 use crate::sys::{pidfd, uffd};
 use crate::tracee::Batch;
 
+/// Runs of pages that may follow later, at most: every other page of 32 GB. Each
+/// takes some 150 bytes.
+const MOST_RUNS: usize = 4 << 20;
+
 impl Building {
     /// Gets everything ready for pages that are not there when the program runs.
     pub(super) fn postpone(&mut self, wire: &mut Wire) -> Result<()> {
@@ -51,6 +55,13 @@ impl Building {
             .filler
             .as_mut()
             .ok_or_else(|| Error::bad("memory from peer", "was never said to follow later"))?;
+        self.postponed_runs += runs.len();
+        if self.postponed_runs > MOST_RUNS {
+            return Err(Error::bad(
+                "memory from peer",
+                format!("{} runs are too many to follow later", self.postponed_runs),
+            ));
+        }
         for &(start, end) in runs {
             husk.anonymous(&(start..end))?;
             filler.leave_behind(start..end)?;

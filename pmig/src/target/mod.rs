@@ -237,6 +237,7 @@ struct Building {
     mapped: BTreeMap<u32, OwnedFd>,
     /// For memory that follows later, if some does.
     filler: Option<Filler>,
+    postponed_runs: usize,
     /// What of that was touched before the program runs, and its memory.
     touched: Option<(std::fs::File, Vec<Range<u64>>)>,
     /// The process, once its cgroup holds it.
@@ -329,6 +330,7 @@ impl Building {
                     holder: Some(holder),
                     mapped,
                     filler: None,
+                    postponed_runs: 0,
                     touched: None,
                     process: None,
                     pictures: Vec::new(),
