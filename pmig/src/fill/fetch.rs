@@ -135,6 +135,7 @@ impl Filler {
     pub fn run(
         mut self,
         wire: &mut Wire,
+        committed: &journal::Committed,
         hear: &mut dyn FnMut(ToTarget),
         tick: &mut dyn FnMut(&Wire),
     ) -> Result<()> {
@@ -143,13 +144,13 @@ impl Filler {
         while self.missing() > 0 {
             self.ask(wire)?;
             let (source, guard, spaces) = self.wait(wire)?;
+            if guard {
+                self.renew_guard();
+            }
             for space in spaces {
                 self.events(space)?;
             }
             self.make_zeros()?;
-            if guard {
-                self.renew_guard();
-            }
             if source {
                 heard = Instant::now();
                 match wire.recv()? {
@@ -166,9 +167,10 @@ impl Filler {
             }
             tick(wire);
         }
-        wire.send(&ToSource::Whole)?;
+        // In this order: whoever dies in between leaves a program that runs.
+        committed.filled()?;
         self.guard.done();
-        Ok(())
+        wire.send(&ToSource::Whole)
     }
 
     /// Asks for more: what is waited for first, and of the rest as much as may be on
@@ -272,10 +274,13 @@ impl Filler {
             }
             Message::Fork(fd) => {
                 let child = uffd::adopt(fd);
-                self.guard.child(&child)?;
+                let told = self.guard.child(&child);
                 self.log.note(space, &Change::Forked)?;
                 self.spaces.push(Some(child));
                 self.cursors.push(0);
+                if told.is_err() {
+                    self.renew_guard();
+                }
             }
         }
         Ok(())
@@ -284,6 +289,11 @@ impl Filler {
     /// Pages that are touched and were never anything but zeros.
     fn make_zeros(&mut self) -> Result<()> {
         for (space, page) in std::mem::take(&mut self.zeros) {
+            // Faults are told before what was moved there meanwhile.
+            if let Some(source) = self.log.missing()[space].source_of(page) {
+                self.urgent.push_back(source);
+                continue;
+            }
             let Some(fd) = &self.spaces[space] else {
                 continue;
             };
@@ -335,7 +345,7 @@ impl Filler {
     }
 
     fn fill(&mut self, space: usize, range: &Range<u64>, bytes: &[u8]) -> Result<()> {
-        let mut most = u64::MAX;
+        let (mut most, mut absent) = (u64::MAX, None);
         loop {
             // Looked up anew each time: what is read meanwhile may change it.
             let places = self.log.missing()[space].places(range.clone());
@@ -359,6 +369,10 @@ impl Filler {
                 }
                 // Part of it may be another mapping by now (mprotect(2)).
                 Err(Errno::ENOENT) if len > PAGE => most = PAGE,
+                // What happens to it may be told only now.
+                Err(Errno::ENOENT) if absent.replace(first.start) != Some(first.start) => {
+                    self.events(space)?;
+                }
                 Err(Errno::ENOENT) => {
                     let _ = uffd::wake(fd, first.start, PAGE);
                     self.events(space)?;
@@ -489,6 +503,5 @@ fn resume(id: Id, committed: &journal::Committed, wire: &mut Wire) -> Result<()>
     filler.catch_up()?;
     filler.make_zeros()?;
     filler.guard.ready()?;
-    filler.run(wire, &mut |_| {}, &mut |_| {})?;
-    committed.filled()
+    filler.run(wire, committed, &mut |_| {}, &mut |_| {})
 }

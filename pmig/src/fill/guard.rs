@@ -223,6 +223,7 @@ struct Keeping {
     spaces: Vec<OwnedFd>,
     filler: Option<(Wire, OwnedFd)>,
     program: Program,
+    record: journal::Husk,
 }
 
 /// The guard's life. Standard input is the line to the filler that started it.
@@ -266,12 +267,14 @@ pub fn run(id: Id) -> Result<()> {
         spaces,
         filler: Some((wire, filler)),
         program,
+        record,
     };
     while keeping.watch(&listener) {}
     let _ = std::fs::remove_file(path);
     // Before the filler hears that this has ended.
+    let Keeping { record, filler, .. } = keeping;
     drop(record);
-    drop(keeping);
+    drop(filler);
     Ok(())
 }
 
@@ -293,6 +296,10 @@ impl Keeping {
                 Ok(goes_on) => return goes_on,
                 Err(e) => {
                     tracing::info!("who filled the program's memory is gone: {e}");
+                    if !self.record.filling().unwrap_or(true) {
+                        self.program.go_on();
+                        return false;
+                    }
                     self.program.stop();
                     self.filler = None;
                 }
@@ -300,8 +307,7 @@ impl Keeping {
         }
         if new {
             if let Err(e) = self.receive(listener) {
-                tracing::warn!("nobody fills the program's memory: {e}");
-                self.filler = None;
+                tracing::warn!("a new filler does not come about: {e}");
             }
         }
         true

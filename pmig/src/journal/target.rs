@@ -96,6 +96,11 @@ impl Husk {
         self.0.folder.replace("fill", b"{}\n", false)
     }
 
+    /// Whether memory of it may be missing.
+    pub fn filling(&self) -> Result<bool> {
+        self.0.folder.has("fill")
+    }
+
     /// Records COMMITTED for the order of the source, unless ABORTED won
     /// before; says which stands.
     ///

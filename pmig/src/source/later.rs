@@ -168,7 +168,8 @@ fn wanted_at_once(stopped: &Stopped) -> Result<Vec<Range<u64>>> {
     let mut all = vec![around(r.rsp, &STACK)];
     all.extend(pointers(&r).map(|at| around(at, &AROUND)));
     if r.orig_rax as i64 == libc::SYS_poll || r.orig_rax as i64 == libc::SYS_restart_syscall {
-        all.push(r.rdi..r.rdi.saturating_add(r.rsi.saturating_mul(8).min(POLLED)));
+        let end = r.rdi.saturating_add(r.rsi.saturating_mul(8).min(POLLED));
+        all.push(page_of(r.rdi).start..page_of(end.min(u64::MAX - PAGE)).end);
     }
     let rseq = stopped.rseq()?;
     if rseq.address != 0 {

@@ -607,7 +607,7 @@ impl<'a> Run<'a> {
         if !matches!(self.addr, Addr::File(_)) {
             self.note_left_behind();
         }
-        if b.armed.serving().unwrap_or(false) {
+        if b.armed.serving().unwrap_or(self.postponed) {
             if let Err(error) = self.fill(&mut b) {
                 // The keeper does it.
                 return Err(Failure {

@@ -161,6 +161,5 @@ pub(super) fn fill(
             fault::point(Phase::Fill, Role::Target, || wire.link().cut());
         }
     };
-    filler.run(wire, &mut hear, &mut tick)?;
-    committed.filled()
+    filler.run(wire, committed, &mut hear, &mut tick)
 }
