@@ -7,11 +7,12 @@ use std::process::{Child, Command, Stdio};
 use nix::unistd::{dup2_stdin, setsid};
 use pmig::error::{Context, Result};
 use pmig::protocol::Wire;
+use pmig::resolve::Files;
 use pmig::sys::inherit::close_from;
 use pmig::transport::Link;
 use pmig::{fill, target, transport};
 
-use super::{lines, Exit, Session, Verbose};
+use super::{files, lines, Exit, Session, Verbose};
 
 pub fn run(args: &Session) -> Exit {
     match session(args) {
@@ -79,7 +80,7 @@ fn session(args: &Session) -> Result<()> {
         ..target::Options::open()?
     };
     if args.fill {
-        return fill::take_over(&mut Wire::new(link));
+        return fill::take_over(&mut Wire::new(link), &|noted| files::Shipped.finish(noted));
     }
     target::session(Wire::new(link), &options)
 }

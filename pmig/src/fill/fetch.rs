@@ -11,13 +11,16 @@ use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 
 use super::guard::{Guard, Program};
 use super::log::{Change, Log};
-use crate::error::{Context, Error, Result};
+use serde_json::Value;
+
+use crate::error::{Context, Error, Obstacle, Result};
 use crate::id::Id;
-use crate::journal::{self, Fate, Looked};
+use crate::journal::{self, Fate, Found, Looked};
 use crate::patience::patience;
 use crate::protocol::message::{ToSource, ToTarget, MAX_RAW};
 use crate::protocol::Wire;
 use crate::state::memory::{page_of, Ranges, BOTTOM, PAGE, TOP};
+use crate::sys::limits::raise_descriptors;
 use crate::sys::uffd::{self, Message};
 
 /// How long the source may take for its next word.
@@ -58,10 +61,10 @@ pub struct Filler {
 
 impl Filler {
     /// With the guard that holds the same.
-    pub fn new(log: Log, guard: Guard, spaces: Vec<OwnedFd>) -> Result<Filler> {
+    pub fn new(log: Log, guard: Guard, spaces: Vec<Option<OwnedFd>>) -> Result<Filler> {
         Ok(Filler {
             cursors: vec![0; spaces.len()],
-            spaces: spaces.into_iter().map(Some).collect(),
+            spaces,
             program: Program::of(guard.id())?,
             log,
             guard,
@@ -106,18 +109,29 @@ impl Filler {
     /// What the predecessor read counts, and whoever waits asks again.
     fn catch_up(&mut self) -> Result<()> {
         let (space, events) = self.log.unread();
-        if events.iter().any(|e| matches!(e, Message::Fork(_))) {
-            return Err(Error::bad(
-                "filling memory",
-                "its process died in the very moment of a fork: the child's memory cannot be \
-                 known, so the program and its children stay frozen",
-            ));
+        for (at, event) in events {
+            match event {
+                // The guard has the child's, if that is held at all.
+                Message::Fork(_) if self.spaces.len() > self.log.missing().len() => {
+                    self.log.note_event(space, at, &Change::Forked)?;
+                }
+                Message::Fork(_) => {
+                    return Err(Error::bad(
+                        "filling memory",
+                        "its process died in the very moment of a fork: the child's memory \
+                         cannot be known, so the program and its children stay frozen",
+                    ))
+                }
+                event => self.act(space, at, event)?,
+            }
         }
-        for event in events {
-            self.act(space, event)?;
-        }
-        self.log.acted();
+        self.log.acted()?;
+        self.spaces.resize_with(self.log.missing().len(), || None);
+        self.cursors.resize(self.spaces.len(), 0);
         for space in 0..self.spaces.len() {
+            if self.spaces[space].is_none() && !self.log.missing()[space].is_empty() {
+                self.ended(space)?;
+            }
             self.events(space)?;
             if let Some(fd) = &self.spaces[space] {
                 let _ = uffd::wake(fd, BOTTOM, TOP - BOTTOM);
@@ -239,14 +253,15 @@ impl Filler {
             if events.is_empty() {
                 return Ok(());
             }
-            for event in events {
-                self.act(space, event)?;
+            for (at, event) in events {
+                self.act(space, at, event)?;
             }
-            self.log.acted();
+            self.log.acted()?;
         }
     }
 
-    fn act(&mut self, space: usize, event: Message) -> Result<()> {
+    /// `at`: the place where the event was read.
+    fn act(&mut self, space: usize, at: usize, event: Message) -> Result<()> {
         let wake = |fds: &[Option<OwnedFd>], r: Range<u64>| {
             if let Some(fd) = &fds[space] {
                 let _ = uffd::wake(fd, r.start, r.end - r.start);
@@ -264,18 +279,19 @@ impl Filler {
                 None => self.zeros.push((space, page)),
             },
             Message::Gone(r) => {
-                self.log.note(space, &Change::Gone(r.clone()))?;
+                self.log.note_event(space, at, &Change::Gone(r.clone()))?;
                 // Another thread may wait for what will not come.
                 wake(&self.spaces, r);
             }
             Message::Moved { from, to, len } => {
-                self.log.note(space, &Change::Moved { from, to, len })?;
+                self.log
+                    .note_event(space, at, &Change::Moved { from, to, len })?;
                 wake(&self.spaces, from..from + len);
             }
             Message::Fork(fd) => {
                 let child = uffd::adopt(fd);
                 let told = self.guard.child(&child);
-                self.log.note(space, &Change::Forked)?;
+                self.log.note_event(space, at, &Change::Forked)?;
                 self.spaces.push(Some(child));
                 self.cursors.push(0);
                 if told.is_err() {
@@ -391,6 +407,7 @@ impl Filler {
     /// The process with that address space is no more.
     fn ended(&mut self, space: usize) -> Result<()> {
         self.spaces[space] = None;
+        self.guard.ended(space);
         self.log.note(space, &Change::Gone(0..u64::MAX))
     }
 
@@ -398,7 +415,7 @@ impl Filler {
     fn renew_guard(&mut self) {
         self.program.stop();
         loop {
-            let spaces: Vec<&OwnedFd> = self.spaces.iter().flatten().collect();
+            let spaces: Vec<Option<&OwnedFd>> = self.spaces.iter().map(Option::as_ref).collect();
             match Guard::start(self.guard.id(), &self.log, &spaces) {
                 Ok(guard) => {
                     tracing::info!("the guard of missing memory died; there is another one");
@@ -470,20 +487,33 @@ impl Pace {
 }
 
 /// What a connection of a source is for that has to send memory still: its first
-/// message says of which migration.
+/// message says of which migration. `place` puts shipped files that were noted into
+/// their places, as often as it is called.
 ///
 /// # Errors
 /// It cannot be gone on with; the source was told.
-pub fn take_over(wire: &mut Wire) -> Result<()> {
+pub fn take_over(wire: &mut Wire, place: &dyn Fn(&Value) -> Result<()>) -> Result<()> {
+    raise_descriptors();
     wire.set_deadline(patience(PATIENCE))?;
     let (id, secret) = match wire.recv()? {
         ToTarget::Resume { id, secret } => (id, secret),
         _ => return Err(Error::bad(wire.peer(), "speaks out of turn")),
     };
-    let unknown = |why: &str| Error::bad(format!("migration {id}"), why.to_owned());
+    let unknown = |why: &str| {
+        Error::Refused(vec![Obstacle::new(
+            format!("migration {id}"),
+            why.to_owned(),
+            "look there with pmig ps",
+        )])
+    };
     let r = match journal::look(id, &secret) {
         Ok(Looked::Decided(Fate::Committed(committed))) => match committed.filling() {
-            Ok(true) => resume(id, &committed, wire),
+            // It ended, and needs nothing any more.
+            Ok(true) if Program::of(id)?.has_ended() => {
+                committed.filled()?;
+                return wire.send(&ToSource::Whole);
+            }
+            Ok(true) => resume(id, &committed, wire, place),
             Ok(false) => return wire.send(&ToSource::Whole),
             Err(e) => Err(e),
         },
@@ -491,17 +521,40 @@ pub fn take_over(wire: &mut Wire) -> Result<()> {
         Ok(_) => Err(unknown("was not committed here")),
         Err(e) => Err(e),
     };
-    if let Err(e) = &r {
-        let _ = wire.send(&ToSource::Failed(e.to_string()));
-    }
+    let _ = match &r {
+        Ok(()) => Ok(()),
+        Err(Error::Refused(why)) => wire.send(&ToSource::Refused(why.clone())),
+        Err(e) => wire.send(&ToSource::Failed(e.to_string())),
+    };
     r
 }
 
-fn resume(id: Id, committed: &journal::Committed, wire: &mut Wire) -> Result<()> {
-    let (guard, log, spaces) = Guard::take_over(id)?;
+fn resume(
+    id: Id,
+    committed: &journal::Committed,
+    wire: &mut Wire,
+    place: &dyn Fn(&Value) -> Result<()>,
+) -> Result<()> {
+    let (guard, log, spaces) = Guard::take_over(id).map_err(|e| lost_or(e, id))?;
+    // Whoever was to do it may have died between the commit and that.
+    if let Some(noted) = committed.files()? {
+        place(&noted)?;
+    }
     let mut filler = Filler::new(log, guard, spaces)?;
     filler.catch_up()?;
     filler.make_zeros()?;
     filler.guard.ready()?;
     filler.run(wire, committed, &mut |_| {}, &mut |_| {})
+}
+
+/// There is no guard: for good, where nobody holds the record either.
+fn lost_or(e: Error, id: Id) -> Error {
+    match journal::open_target(id) {
+        Ok(Found::Mine(_)) => Error::Refused(vec![Obstacle::new(
+            format!("memory of migration {id}"),
+            "both processes that filled it are dead, and what it missed is lost there",
+            "the program stays frozen there; end it",
+        )]),
+        _ => e,
+    }
 }

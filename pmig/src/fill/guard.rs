@@ -4,9 +4,10 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -21,6 +22,7 @@ use crate::id::Id;
 use crate::journal::{self, run_dir, Folder};
 use crate::protocol::Wire;
 use crate::sys::inherit::close_from;
+use crate::sys::limits::raise_descriptors;
 use crate::sys::pidfd;
 use crate::transport::{self, Addr, Listener};
 
@@ -34,8 +36,8 @@ const LOOK: u16 = 1000;
 struct Held {
     pid: i32,
     log: i32,
-    /// The userfaultfds, by address space.
-    spaces: Vec<i32>,
+    /// The userfaultfds, by address space; none of those that ended.
+    spaces: Vec<Option<i32>>,
 }
 
 /// What a filler says.
@@ -44,6 +46,8 @@ enum ToGuard {
     Hold(Held),
     /// The program has a child; its userfaultfd.
     Child(i32),
+    /// That address space is no more.
+    Ended(usize),
     /// I am a new filler, with this PID.
     TakeOver(i32),
     /// And know all that my predecessor knew: the program may go on.
@@ -70,7 +74,7 @@ impl Guard {
     ///
     /// # Errors
     /// It does not come up.
-    pub fn start(id: Id, log: &Log, spaces: &[&OwnedFd]) -> Result<Guard> {
+    pub fn start(id: Id, log: &Log, spaces: &[Option<&OwnedFd>]) -> Result<Guard> {
         let (ours, theirs) = UnixStream::pair().context("make", "a line to the guard")?;
         Command::new("/proc/self/exe")
             .arg0("pmig")
@@ -84,7 +88,7 @@ impl Guard {
         let held = Held {
             pid: std::process::id() as i32,
             log: log.file().as_raw_fd(),
-            spaces: spaces.iter().map(|fd| fd.as_raw_fd()).collect(),
+            spaces: numbers(spaces.iter().copied()),
         };
         let mut guard = Guard {
             wire: line(ours.into())?,
@@ -101,7 +105,7 @@ impl Guard {
     ///
     /// # Errors
     /// There is no guard.
-    pub fn take_over(id: Id) -> Result<(Guard, Log, Vec<OwnedFd>)> {
+    pub fn take_over(id: Id) -> Result<(Guard, Log, Vec<Option<OwnedFd>>)> {
         let (_folder, path) = socket(id)?;
         let link = transport::connect(&Addr::Unix(path))
             .context("reach", "the guard of missing memory")?;
@@ -124,9 +128,15 @@ impl Guard {
 
     /// Has it hold the memory of a child as well.
     pub fn child(&mut self, uffd: &OwnedFd) -> Result<()> {
-        self.held.spaces.push(uffd.as_raw_fd());
+        self.held.spaces.push(Some(uffd.as_raw_fd()));
         self.wire.send(&ToGuard::Child(uffd.as_raw_fd()))?;
         self.holding()
+    }
+
+    /// It need not hold that any more.
+    pub fn ended(&mut self, space: usize) {
+        // One that is dead is noticed elsewhere.
+        let _ = self.wire.send(&ToGuard::Ended(space));
     }
 
     /// Nothing is missing any more: it ends. Returns when it has let go of the record.
@@ -178,12 +188,13 @@ fn socket(id: Id) -> Result<(File, PathBuf)> {
 }
 
 /// Makes what another process holds one's own too.
-fn fetch(held: &Held) -> Result<(OwnedFd, Vec<OwnedFd>)> {
+fn fetch(held: &Held) -> Result<(OwnedFd, Vec<Option<OwnedFd>>)> {
     let process = pidfd::open(held.pid).context("open", "who fills the program's memory")?;
     let get = |fd: i32| {
         pidfd::get(process.as_fd(), fd).context("share what fills the memory, descriptor", fd)
     };
-    let spaces: Result<Vec<OwnedFd>> = held.spaces.iter().map(|fd| get(*fd)).collect();
+    let spaces = held.spaces.iter().map(|fd| fd.map(get).transpose());
+    let spaces: Result<Vec<Option<OwnedFd>>> = spaces.collect();
     Ok((get(held.log)?, spaces?))
 }
 
@@ -220,7 +231,10 @@ impl Program {
 
 struct Keeping {
     log: OwnedFd,
-    spaces: Vec<OwnedFd>,
+    spaces: Vec<Option<OwnedFd>>,
+    /// Where new fillers find this guard, and what that was when it was made.
+    path: PathBuf,
+    inode: u64,
     filler: Option<(Wire, OwnedFd)>,
     program: Program,
     record: journal::Husk,
@@ -251,9 +265,13 @@ pub fn run(id: Id) -> Result<()> {
         .context("take over", "the line to the filler")?;
     let null = File::open("/dev/null").context("open", "/dev/null")?;
     nix::unistd::dup2_stdin(&null).context("close", "the line")?;
+    raise_descriptors();
     let (_folder, path) = socket(id)?;
+    // One that is believed to be dead must not be in the way.
+    let _ = std::fs::remove_file(&path);
     let listener =
         Listener::bind(&Addr::Unix(path.clone())).context("listen on", path.display())?;
+    let inode = inode(&path);
     let mut wire = line(line_fd)?;
     let ToGuard::Hold(held) = wire.recv()? else {
         return Err(out_of_turn());
@@ -265,12 +283,16 @@ pub fn run(id: Id) -> Result<()> {
     let mut keeping = Keeping {
         log,
         spaces,
+        path,
+        inode,
         filler: Some((wire, filler)),
         program,
         record,
     };
     while keeping.watch(&listener) {}
-    let _ = std::fs::remove_file(path);
+    if keeping.is_found() {
+        let _ = std::fs::remove_file(&keeping.path);
+    }
     // Before the filler hears that this has ended.
     let Keeping { record, filler, .. } = keeping;
     drop(record);
@@ -278,7 +300,20 @@ pub fn run(id: Id) -> Result<()> {
     Ok(())
 }
 
+fn numbers<'a>(spaces: impl Iterator<Item = Option<&'a OwnedFd>>) -> Vec<Option<i32>> {
+    spaces.map(|fd| fd.map(AsRawFd::as_raw_fd)).collect()
+}
+
+fn inode(path: &Path) -> u64 {
+    std::fs::symlink_metadata(path).map_or(0, |m| m.ino())
+}
+
 impl Keeping {
+    /// Whether no other guard has taken its place.
+    fn is_found(&self) -> bool {
+        inode(&self.path) == self.inode
+    }
+
     /// Waits for one thing to happen. `false`: nothing is left to hold.
     fn watch(&mut self, listener: &Listener) -> bool {
         let mut fds = vec![PollFd::new(listener.fd(), PollFlags::POLLIN)];
@@ -298,6 +333,9 @@ impl Keeping {
                     tracing::info!("who filled the program's memory is gone: {e}");
                     if !self.record.filling().unwrap_or(true) {
                         self.program.go_on();
+                        return false;
+                    }
+                    if !self.is_found() {
                         return false;
                     }
                     self.program.stop();
@@ -320,8 +358,13 @@ impl Keeping {
         match wire.recv()? {
             ToGuard::Child(fd) => {
                 let child = pidfd::get(filler.as_fd(), fd).context("share", "a child's memory")?;
-                self.spaces.push(child);
+                self.spaces.push(Some(child));
                 wire.send(&ToFiller::Holding)?;
+            }
+            ToGuard::Ended(space) => {
+                if let Some(fd) = self.spaces.get_mut(space) {
+                    *fd = None;
+                }
             }
             ToGuard::Ready => self.program.go_on(),
             ToGuard::Done => return Ok(false),
@@ -347,7 +390,7 @@ impl Keeping {
         wire.send(&ToFiller::Yours(Held {
             pid: std::process::id() as i32,
             log: self.log.as_raw_fd(),
-            spaces: self.spaces.iter().map(|fd| fd.as_raw_fd()).collect(),
+            spaces: numbers(self.spaces.iter().map(Option::as_ref)),
         }))?;
         self.filler = Some((wire, new));
         Ok(())

@@ -30,7 +30,7 @@ const LOOK: u16 = 200;
 pub enum Told<'a> {
     /// So many bytes more, over this connection.
     Sent(u64, &'a Wire),
-    /// Nothing for now.
+    /// Nothing is wanted just now.
     Waiting,
     /// The connection is lost, and tried again.
     Lost(&'a Error),
@@ -59,7 +59,11 @@ pub fn serve_until_whole(
     let mut pause = PAUSE;
     loop {
         match lost.take() {
-            Some(e @ Error::Link { .. }) | Some(e @ Error::Deadline { .. }) => {
+            // What failed there may not fail again.
+            Some(e @ (Error::Link { .. } | Error::Deadline { .. } | Error::Peer { .. })) => {
+                if matches!(e, Error::Peer { .. }) {
+                    pause = LONGEST_PAUSE;
+                }
                 told(Told::Lost(&e))?;
                 let until = Instant::now() + pause;
                 while Instant::now() < until {
@@ -190,6 +194,7 @@ impl Copy {
                     }
                 }
                 ToSource::Whole => return Ok(()),
+                ToSource::Refused(why) => return Err(Error::Refused(why)),
                 ToSource::Failed(what) => {
                     return Err(Error::Peer {
                         host: wire.peer(),
@@ -233,6 +238,10 @@ impl Copy {
                 ),
                 "it cannot be read",
             ));
+        }
+        // The number may be another process's by now; this never is.
+        if self.mem.read_at(&mut [0], start).is_ok_and(|n| n == 0) {
+            return Err(Error::Gone(self.pid));
         }
         let zero = buf.iter().all(|b| *b == 0);
         let piece = ToTarget::Piece { start, len, zero };

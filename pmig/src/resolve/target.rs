@@ -50,6 +50,7 @@ pub(super) fn finish(committed: &Committed, files: &dyn Files) -> Result<()> {
              read is not what it wrote",
         ));
     }
+    committed.filled()?;
     committed.thaw_again()?;
     if let Some(noted) = committed.files()? {
         files.finish(&noted)?;

@@ -31,3 +31,12 @@ pub fn securebits() -> u32 {
     let bits = unsafe { libc::prctl(libc::PR_GET_SECUREBITS, 0, 0, 0, 0) };
     bits.max(0) as u32
 }
+
+/// Lets this process have as many descriptors as it may: it holds those of a program
+/// beside its own.
+pub fn raise_descriptors() {
+    use nix::sys::resource::{getrlimit, setrlimit, Resource};
+    if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
+    }
+}

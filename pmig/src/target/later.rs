@@ -41,10 +41,10 @@ impl Building {
         uffd::enable_missing(&ours).context("set up", "a userfaultfd")?;
         self.record.note_filling()?;
         let log = Log::new()?;
-        let guard = Guard::start(self.record.record().id, &log, &[&ours])?;
+        let guard = Guard::start(self.record.record().id, &log, &[Some(&ours)])?;
         // The first who is born into a time namespace fixes it: that was the guard.
         self.time = Namespace::make()?;
-        self.filler = Some(Filler::new(log, guard, vec![ours])?);
+        self.filler = Some(Filler::new(log, guard, vec![Some(ours)])?);
         wire.send(&ToSource::Postponed)
     }
 

@@ -36,6 +36,7 @@ use crate::state::fd::{FdTable, Opened, Shape, Whose};
 use crate::state::memory::{Kernel, Layout};
 use crate::state::pcb::{self, Backend, Fresh, MachineFacts, PcbChoice};
 use crate::state::restart::ProgramClock;
+use crate::sys::limits::raise_descriptors;
 use crate::sys::memory::keep_in;
 use crate::sys::pidfd;
 use crate::sys::spawn::Parent;
@@ -252,7 +253,7 @@ struct Building {
 impl Building {
     fn build(hello: &Hello, mut files: TargetFiles, from: Option<Addr>) -> Result<Building> {
         let preview = &hello.preview;
-        raise_descriptor_limit();
+        raise_descriptors();
         let hold = Hold::husk(hello.id)?;
         // Where the controller is there, a husk that outgrows the machine dies
         // alone. Lifted when it becomes the program.
@@ -655,14 +656,6 @@ fn await_build(wire: &mut Wire) -> Result<()> {
             ToTarget::Build => return Ok(()),
             other => return Err(out_of_turn(wire, &other)),
         }
-    }
-}
-
-/// Descriptors of the program's are opened here before it has them.
-fn raise_descriptor_limit() {
-    use nix::sys::resource::{getrlimit, setrlimit, Resource};
-    if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
-        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
     }
 }
 

@@ -148,7 +148,6 @@ impl<'a> Story<'a> {
                     });
                 }
                 // All that there are have a place; others are listed until they have.
-                #[allow(unreachable_patterns)]
                 other => story.learn(other, &["event"]),
             }
         }

@@ -81,6 +81,16 @@ impl Vma {
         !self.shared && !matches!(self.backing, Backing::Vvar | Backing::Vdso)
     }
 
+    /// Whether its pages may be left behind: anonymous ones may, but for those that a
+    /// child is to find empty (MADV_WIPEONFORK), which a copy of what is missing would
+    /// fill for it.
+    pub fn may_follow(&self) -> bool {
+        let wiped = ADVICE.iter().position(|(flag, ..)| *flag == b"wf");
+        self.backing == Backing::Anonymous
+            && !self.shared
+            && wiped.is_none_or(|n| self.advice >> n & 1 == 0)
+    }
+
     /// Whether `other` shows the same at address `at` of both.
     fn same_at(&self, other: &Vma, at: u64) -> bool {
         let key = |v: &Vma| {

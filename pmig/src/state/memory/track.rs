@@ -416,12 +416,7 @@ impl Tracker {
         for r in found.pages.drain(..) {
             pages.insert(r);
         }
-        for vma in self
-            .layout
-            .vmas
-            .iter()
-            .filter(|v| v.backing == Backing::Anonymous)
-        {
+        for vma in self.layout.vmas.iter().filter(|v| v.may_follow()) {
             for r in pages.within(vma.range()) {
                 self.later.insert(r);
             }
@@ -444,7 +439,7 @@ impl Tracker {
 
     /// What was left for later.
     pub fn postponed(&self) -> Vec<Range<u64>> {
-        let anonymous = |v: &&Vma| v.backing == Backing::Anonymous;
+        let anonymous = |v: &&Vma| v.may_follow();
         let vmas = self.layout.vmas.iter().filter(anonymous);
         vmas.flat_map(|v| self.later.within(v.range())).collect()
     }
