@@ -415,8 +415,11 @@ impl Cgroup {
 
     fn kill(self) -> Result<()> {
         self.write("cgroup.kill", "1")?;
-        self.wait("killing what is held in", PATIENCE, |e| !e.populated)?;
-        self.remove()
+        match self.wait("killing what is held in", PATIENCE, |e| !e.populated) {
+            // Empty, it was removed by a sweep or by whoever else ended it.
+            Err(e) if e.errno() == Some(Errno::ENODEV as i32) => Ok(()),
+            other => other.and_then(|()| self.remove()),
+        }
     }
 
     fn remove_now(&self) -> Result<()> {

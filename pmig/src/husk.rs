@@ -94,6 +94,12 @@ impl Husk {
         &mut self.stopped
     }
 
+    /// Ends it, and waits no longer than `within` until its PID is free.
+    pub fn end(self, within: Duration) {
+        pidfd::kill(self.process.as_fd());
+        self.stopped.await_end(within);
+    }
+
     /// Gives it another address space. `files` holds the mapped files by their
     /// numbers, open in this process. The husk must have no descriptors of the
     /// program's yet.

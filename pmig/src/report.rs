@@ -252,6 +252,14 @@ pub enum Outcome {
 }
 
 impl Outcome {
+    /// Whether nothing of the program is at the target, or will be.
+    pub fn is_decided_here(&self) -> bool {
+        match self {
+            Outcome::NeverStopped | Outcome::RunsOn { .. } | Outcome::Ended => true,
+            Outcome::Unresolved { .. } | Outcome::Moved { .. } => false,
+        }
+    }
+
     /// As it stands in JSON.
     pub fn name(&self) -> &'static str {
         match self {

@@ -158,15 +158,15 @@ fn appears(lab: &Lab, line: &str, word: &str) -> Result<()> {
     let pid = start_python(lab, &script)?;
     says(lab, "ready")?;
     let moved = migrate(lab.a(), lab.b(), &program(pid), "--files ship", &[])?;
+    // Whoever tries again at once finds no place taken.
+    let left = lab.b().process(pid)?;
+    ensure!(left.is_none(), "b still has {left:?}");
     moved.failed(REFUSED, &[word])?;
     let phase = moved.event("phase").map(|event| &event["phase"]);
     ensure!(phase.is_some_and(|phase| phase == "freeze"), "{phase:?}");
     says(lab, "done")?;
     let process = lab.a().process(pid)?;
     ensure!(process.is_some_and(|process| "SR".contains(process.state)));
-    wait("the end of what was built on b", LIMIT, || {
-        Ok(lab.b().process(pid)?.is_none())
-    })?;
     lab.a().signal(pid, 9)
 }
 

@@ -1,5 +1,5 @@
 use std::io::{self, Read};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde::de::DeserializeOwned;
 use serde::Serialize;
@@ -12,6 +12,9 @@ use crate::transport::Link;
 pub const MAX_MESSAGE: usize = 16 << 20;
 /// Most are shorter than this, in bytes, and read at once.
 const USUAL_MESSAGE: usize = 64 << 10;
+
+/// How often somebody who only waits for an end looks at the clock.
+const SILENT: Duration = Duration::from_millis(200);
 
 const CONFIG: bincode::config::Configuration<
     bincode::config::LittleEndian,
@@ -140,9 +143,31 @@ impl Wire {
         self.link.read(buf).map_err(|e| self.broken(e))
     }
 
+    /// Says that nothing more comes, and waits until the other side has cleared
+    /// up and closed too, but no longer than `within`.
+    pub fn part(&mut self, within: Duration) {
+        self.link.end();
+        self.drain(within);
+    }
+
+    /// Takes whatever comes until the other side closes, but no longer than
+    /// `within`.
+    pub fn drain(&mut self, within: Duration) {
+        let until = Instant::now() + within;
+        let _ = self.set_deadline(within.min(SILENT));
+        let mut sink = [0; 16 << 10];
+        while Instant::now() < until {
+            match self.link.read(&mut sink) {
+                Ok(0) => return,
+                Err(e) if !is_timeout(&e) => return,
+                Ok(_) | Err(_) => {}
+            }
+        }
+    }
+
     fn broken(&self, cause: io::Error) -> Error {
         let cause = match cause.kind() {
-            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
+            _ if is_timeout(&cause) => {
                 io::Error::new(io::ErrorKind::TimedOut, "no answer within the time allowed")
             }
             io::ErrorKind::UnexpectedEof => {
@@ -155,6 +180,13 @@ impl Wire {
             cause,
         }
     }
+}
+
+fn is_timeout(e: &io::Error) -> bool {
+    matches!(
+        e.kind(),
+        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut
+    )
 }
 
 fn write_all_pair(to: &mut dyn Link, mut a: &[u8], mut b: &[u8]) -> io::Result<()> {

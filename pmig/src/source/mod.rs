@@ -50,12 +50,14 @@ use crate::tracee::{Ground, Stopped};
 use crate::transport::Addr;
 use files::SourceFiles;
 pub use notes::notes;
-use undo::{abandon, has_ended};
+use undo::{abandon, never};
 
 /// How long the target may take to answer while nothing stands still.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// The same while the program stands still, before the commit.
 const FROZEN_PATIENCE: Duration = Duration::from_secs(8);
+/// How long a target may take to clear up what it has built in vain.
+const PARTING: Duration = Duration::from_secs(1);
 /// How long the fate is asked for before a person has to.
 const FATE_PATIENCE: Duration = Duration::from_secs(30);
 
@@ -102,37 +104,15 @@ pub fn migrate(
     progress: &mut dyn Progress,
 ) -> std::result::Result<Summary, Failure> {
     let begun = Instant::now();
-    let never = |error| Failure {
-        outcome: match has_ended(pid, &error) {
-            true => Outcome::Ended,
-            false => Outcome::NeverStopped,
-        },
-        error,
-    };
-    let mut run = Run::hello(pid, addr, options, progress, false).map_err(never)?;
-    let mut building = run.build().map_err(never)?;
-    if let Err(error) = run.copy(&mut building) {
-        return Err(run.give_up(building, error, None));
+    let mut run =
+        Run::hello(pid, addr, options, progress, false).map_err(|error| never(pid, error))?;
+    let moved = run.through(begun);
+    if moved.as_ref().is_err_and(|f| f.outcome.is_decided_here()) {
+        // Whoever tries again at once shall not find the place taken by what
+        // this attempt has built.
+        run.wire.part(PARTING);
     }
-    let stopped_at = Instant::now();
-    let frozen = match run.freeze(&mut building) {
-        Ok(frozen) => frozen,
-        Err(error) => return Err(run.give_up(building, error, Some(stopped_at))),
-    };
-    if let Err(error) = run.ready(&mut building, &frozen) {
-        return Err(run.thaw(building, frozen, error, stopped_at));
-    }
-    if options.stays {
-        return run.stay(building, frozen, stopped_at, begun);
-    }
-    let committing = match building.armed.commit() {
-        Ok(committing) => committing,
-        Err(lost) => return Err(run.thaw(building, frozen, lost.into(), stopped_at)),
-    };
-    // The point of no return. What fails from here on is no longer undone by
-    // anything but the target's own word.
-    let resumed = run.commit(&mut building, &committing);
-    run.release(building, frozen, committing, resumed, begun)
+    moved
 }
 
 /// Whether a process could move, and what stands in its way.
@@ -341,6 +321,33 @@ impl<'a> Run<'a> {
         }
         run.ended(Phase::Hello, "accepted".into(), begun);
         Ok(run)
+    }
+
+    /// All that comes after the target's consent.
+    fn through(&mut self, begun: Instant) -> std::result::Result<Summary, Failure> {
+        let mut building = self.build().map_err(|error| never(self.pid, error))?;
+        if let Err(error) = self.copy(&mut building) {
+            return Err(self.give_up(building, error, None));
+        }
+        let stopped_at = Instant::now();
+        let frozen = match self.freeze(&mut building) {
+            Ok(frozen) => frozen,
+            Err(error) => return Err(self.give_up(building, error, Some(stopped_at))),
+        };
+        if let Err(error) = self.ready(&mut building, &frozen) {
+            return Err(self.thaw(building, frozen, error, stopped_at));
+        }
+        if self.options.stays {
+            return self.stay(building, frozen, stopped_at, begun);
+        }
+        let committing = match building.armed.commit() {
+            Ok(committing) => committing,
+            Err(lost) => return Err(self.thaw(building, frozen, lost.into(), stopped_at)),
+        };
+        // The point of no return. What fails from here on is no longer undone by
+        // anything but the target's own word.
+        let resumed = self.commit(&mut building, &committing);
+        self.release(building, frozen, committing, resumed, begun)
     }
 
     /// Has the husk built, and gets everything ready that may outlive us.

@@ -19,12 +19,21 @@ use crate::state::clock::Reading;
 
 /// Whether a process that could not be moved has ended, which shows in many
 /// errors.
-pub(super) fn has_ended(pid: i32, error: &Error) -> bool {
+fn has_ended(pid: i32, error: &Error) -> bool {
     match Status::read(pid) {
         _ if matches!(error, Error::Gone(_)) => true,
         Ok(status) => matches!(status.letter, 'Z' | 'X'),
         Err(e) => matches!(e, Error::Gone(_)),
     }
+}
+
+/// A failure before anything stopped the program.
+pub(super) fn never(pid: i32, error: Error) -> Failure {
+    let outcome = match has_ended(pid, &error) {
+        true => Outcome::Ended,
+        false => Outcome::NeverStopped,
+    };
+    Failure { error, outcome }
 }
 
 impl Run<'_> {

@@ -54,6 +54,8 @@ const LATE: Duration = Duration::from_secs(2);
 const GRACE: Duration = Duration::from_secs(10);
 /// How long a source that was refused may go on sending before it is cut off.
 const DRAIN: Duration = Duration::from_secs(2);
+/// How long it may take until nothing is left of a husk.
+const BURIAL: Duration = Duration::from_secs(1);
 
 /// What the person who serves can choose.
 #[derive(Debug, Clone)]
@@ -92,7 +94,7 @@ pub fn session(mut wire: Wire, options: &Options) -> Result<()> {
         // A source in the middle of sending hears it only if its bytes are
         // taken.
         if wire.send(&word).is_ok() {
-            drain(&mut wire);
+            wire.drain(DRAIN);
         }
     }
     r
@@ -608,7 +610,11 @@ impl Building {
                 Ok(None)
             }
         });
-        drop(self.husk.take());
+        match (&ended, self.husk.take()) {
+            // Who tries again may have its PID.
+            (Ok(Some(_)), Some(husk)) => husk.end(BURIAL),
+            (_, husk) => drop(husk),
+        }
         if let Some(hold) = self.hold.take() {
             if let Err(e) = hold.kill() {
                 tracing::debug!("the husk's cgroup: {e}");
@@ -679,18 +685,6 @@ fn send_late(process: Option<&OwnedFd>, mask: u64) {
     let Some(process) = process else { return };
     for signal in (1..=64).filter(|s| mask >> (s - 1) & 1 == 1) {
         pidfd::send_signal(process.as_fd(), signal);
-    }
-}
-
-fn drain(wire: &mut Wire) {
-    let until = Instant::now() + DRAIN;
-    let _ = wire.set_deadline(Duration::from_millis(200));
-    let mut sink = [0; 16 << 10];
-    while Instant::now() < until {
-        match wire.recv_some(&mut sink) {
-            Ok(0) | Err(_) => return,
-            Ok(_) => {}
-        }
     }
 }
 

@@ -336,6 +336,22 @@ impl Stopped {
         Ok(())
     }
 
+    /// Waits, no longer than `within`, until nothing is left of a process that
+    /// was killed: of a dead one its parent learns only after its tracer.
+    pub fn await_end(mut self, within: Duration) {
+        self.over = true;
+        let until = Instant::now() + within;
+        let left = || until.saturating_duration_since(Instant::now());
+        while !matches!(
+            ptrace::wait(self.pid, left()),
+            Ok(None | Some(Change::Gone)) | Err(_)
+        ) {}
+        let entry = format!("/proc/{}", self.pid);
+        while std::path::Path::new(&entry).exists() && !left().is_zero() {
+            std::thread::sleep(Duration::from_micros(200));
+        }
+    }
+
     /// Lets the process go on.
     pub fn detach(mut self) -> Result<()> {
         let settled = self.settle();

@@ -17,6 +17,8 @@ pub trait Link: Read + Write + Send {
     fn try_clone(&self) -> io::Result<Box<dyn Link>>;
     /// Reads and writes that wait longer fail with `WouldBlock` or `TimedOut`.
     fn set_deadline(&self, after: Option<Duration>) -> io::Result<()>;
+    /// Tells the peer that nothing more will be written; it can still be heard.
+    fn end(&self);
     /// Cuts the connection in both directions, for every handle on it.
     fn cut(&self);
     /// The peer as a person would name it.

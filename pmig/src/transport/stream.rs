@@ -192,6 +192,10 @@ macro_rules! link {
                 self.stream.set_write_timeout(after)
             }
 
+            fn end(&self) {
+                let _ = self.stream.shutdown(Shutdown::Write);
+            }
+
             fn cut(&self) {
                 self.cut.store(true, Ordering::Relaxed);
                 let _ = self.stream.shutdown(Shutdown::Both);
