@@ -184,6 +184,8 @@ impl Filler {
         // In this order: whoever dies in between leaves a program that runs.
         committed.filled()?;
         self.guard.done();
+        // Nobody watches the program any more who would keep it from moving on.
+        drop(self.spaces);
         wire.send(&ToSource::Whole)
     }
 

@@ -294,7 +294,13 @@ pub fn run(id: Id) -> Result<()> {
         let _ = std::fs::remove_file(&keeping.path);
     }
     // Before the filler hears that this has ended.
-    let Keeping { record, filler, .. } = keeping;
+    let Keeping {
+        spaces,
+        record,
+        filler,
+        ..
+    } = keeping;
+    drop(spaces);
     drop(record);
     drop(filler);
     Ok(())

@@ -18,7 +18,8 @@
 //!         <-------------------- Postponed
 //!      (the program is stopped)
 //!   Files, Layout, Drops, Later, Final ->      all but what was written last,
-//!   Pages, Block, Complete ------------->      which comes meanwhile
+//!   Drops, Later ----------------------->      which comes meanwhile
+//!   Pages, Block, Complete ------------->
 //!   Typed ------------------------------>      if it has a terminal
 //!         <------------------------ Ready      only a thaw is left
 //!      (COMMITTING is recorded)

@@ -63,19 +63,20 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// Divides what was found at the freeze into what goes now and what stays behind,
-    /// and tells the target of that.
-    pub(super) fn leave_behind(
-        &mut self,
-        b: &mut Building,
-        stopped: &Stopped,
-        found: &mut Found,
-    ) -> Result<()> {
-        b.tracker.postpone(found, &wanted_at_once(stopped)?);
-        Ok(())
+    /// What is left at the freeze: all but the pages themselves is told, among it what
+    /// stays behind.
+    pub(super) fn last_look(&mut self, b: &mut Building, stopped: &Stopped) -> Result<Found> {
+        let mut found = b.tracker.last_look()?;
+        if self.postponed {
+            b.tracker.postpone(&mut found, &wanted_at_once(stopped)?);
+        }
+        self.send_layout(&b.tracker, &found)?;
+        self.send_drops(&found)?;
+        self.send_later(b)?;
+        Ok(found)
     }
 
-    pub(super) fn send_later(&mut self, b: &Building) -> Result<()> {
+    fn send_later(&mut self, b: &Building) -> Result<()> {
         let later = b.tracker.postponed();
         self.left_behind = later.iter().map(|r| r.end - r.start).sum();
         let later: Vec<(u64, u64)> = later.into_iter().map(|r| (r.start, r.end)).collect();

@@ -435,18 +435,17 @@ impl<'a> Run<'a> {
         self.part("stop");
         fault::point(Phase::Freeze, Role::Source, || self.wire.link().cut());
 
-        let mut found = b.tracker.last_look()?;
-        if self.postponed {
-            self.leave_behind(b, &stopped, &mut found)?;
-        }
+        // Where nothing but pages can have changed they are looked for while the
+        // target restores the rest.
+        let early = match b.tracker.stands()? {
+            true => None,
+            false => Some(self.last_look(b, &stopped)?),
+        };
         self.part("scan");
         let mut descriptors = self.descriptors.look(Beat::Stopped)?;
         self.descriptors.ask(&mut descriptors, &mut stopped)?;
         self.sync_files(&b.tracker.layout, &descriptors)?;
         self.part("descriptors");
-        self.send_layout(&b.tracker, &found)?;
-        self.send_drops(&found)?;
-        self.send_later(b)?;
         let pending = Pending::of(self.pid)?;
         let context = CaptureContext {
             watch: &b.restart,
@@ -466,6 +465,11 @@ impl<'a> Run<'a> {
             })))
             .map_err(|e| self.better(e))?;
         self.laps.add("sent");
+        let found = match early {
+            Some(found) => found,
+            None => self.last_look(b, &stopped)?,
+        };
+        self.part("scan");
 
         // The wire carries them while the target restores the rest.
         let keeper = &mut b.keeper;

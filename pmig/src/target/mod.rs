@@ -363,10 +363,7 @@ impl Building {
                 ToTarget::Ping => wire.send(&ToSource::Pong(Reading::now()))?,
                 ToTarget::Layout(layout) => self.adopt(&layout)?,
                 ToTarget::Pages(runs) => self.pages(&runs, wire)?,
-                ToTarget::Drops(runs) => {
-                    let runs: Vec<Range<u64>> = runs.into_iter().map(|(a, b)| a..b).collect();
-                    self.husk()?.discard(&runs)?;
-                }
+                ToTarget::Drops(runs) => self.discard(&runs)?,
                 ToTarget::Files(set) => {
                     let wanted = self.files.compare(&set)?;
                     self.files.create(&self.record)?;
@@ -424,6 +421,11 @@ impl Building {
         Ok(())
     }
 
+    fn discard(&mut self, runs: &[(u64, u64)]) -> Result<()> {
+        let runs: Vec<Range<u64>> = runs.iter().map(|(a, b)| *a..*b).collect();
+        self.husk()?.discard(&runs)
+    }
+
     /// A piece of a shipped file.
     fn block(&mut self, file: u32, offset: u64, len: u32, wire: &mut Wire) -> Result<()> {
         let raw = self
@@ -465,18 +467,19 @@ impl Building {
         let clock = ProgramClock {
             offset: clock.ahead.monotonic,
         };
-        let done = backend.restore(husk.stopped(), batch, &pcb, &self.fresh, clock)?;
+        let done = backend.restore(husk.stopped(), batch, &pcb, &self.fresh)?;
         installation.check(&done)?;
         self.laps.add("pcb");
         part(&mut times.pcb);
 
-        self.rest(wire)?;
+        let prepare = |husk: &mut Husk| backend.prepare(husk.stopped(), &pcb, clock);
+        self.rest(wire, prepare)?;
         self.laps.add("last pages");
         part(&mut times.memory);
 
         let husk = self.husk.as_mut().ok_or_else(no_husk)?;
         backend.finish(husk.stopped(), &pcb, clock)?;
-        self.laps.add("registers");
+        self.laps.add("scheduling");
         part(&mut times.pcb);
 
         self.watch_missing()?;
@@ -492,10 +495,25 @@ impl Building {
         Ok(times)
     }
 
-    /// Takes in what was written last.
-    fn rest(&mut self, wire: &mut Wire) -> Result<()> {
+    /// Takes in what was written last. `prepare` is called when nothing more is to be
+    /// done inside the husk.
+    fn rest(
+        &mut self,
+        wire: &mut Wire,
+        prepare: impl FnOnce(&mut Husk) -> Result<()>,
+    ) -> Result<()> {
+        let mut prepare = Some(prepare);
         loop {
-            match wire.recv()? {
+            let message = wire.recv()?;
+            if !matches!(message, ToTarget::Drops(_) | ToTarget::Later(_)) {
+                if let Some(prepare) = prepare.take() {
+                    prepare(self.husk()?)?;
+                    self.laps.add("registers");
+                }
+            }
+            match message {
+                ToTarget::Drops(runs) if prepare.is_some() => self.discard(&runs)?,
+                ToTarget::Later(runs) if prepare.is_some() => self.later(&runs)?,
                 ToTarget::Pages(runs) => self.pages(&runs, wire)?,
                 ToTarget::Block { file, offset, len } => self.block(file, offset, len, wire)?,
                 ToTarget::Pictures(pictures) => {

@@ -40,8 +40,9 @@ impl Building {
         let own = std::process::id() as i32;
         let installation = self.descriptors.install(own, &mut batch, Whose::StandIn);
         let clock = ProgramClock::default();
-        let done = backend.restore(stand_in.stopped(), batch, &last.pcb, &fresh, clock)?;
+        let done = backend.restore(stand_in.stopped(), batch, &last.pcb, &fresh)?;
         installation.check(&done)?;
+        backend.prepare(stand_in.stopped(), &last.pcb, clock)?;
         backend.finish(stand_in.stopped(), &last.pcb, clock)
     }
 }

@@ -32,6 +32,9 @@ const NEAR: u64 = 64 * PAGE;
 /// Bytes whose page tables are walked within a millisecond or so.
 const QUICKLY_WALKED: u64 = 8 << 20;
 
+/// Mappings up to this number can be asked one by one whether they are followed.
+const MOST_ASKED: usize = 1024;
+
 /// What a look at the memory found.
 #[derive(Debug, Default)]
 pub struct Found {
@@ -68,6 +71,8 @@ pub struct Tracker {
     later: Ranges,
     /// The lines of the last list.
     seen: Vec<Mapping>,
+    /// Nothing but pages has changed since, nor will.
+    stands: bool,
     /// The mappings of the last list that are followed, by address.
     watched: BTreeSet<u64>,
 }
@@ -106,6 +111,7 @@ impl Tracker {
             distrusted: false,
             later: Ranges::default(),
             seen: Vec::new(),
+            stands: false,
             watched: BTreeSet::new(),
         })
     }
@@ -158,8 +164,7 @@ impl Tracker {
     /// last look, only advice (madvise(2)) given to a whole mapping since then
     /// would go unseen.
     pub fn last_look(&mut self) -> Result<Found> {
-        let resident: u64 = self.seen.iter().map(|m| m.resident).sum();
-        let quick = match resident > QUICKLY_WALKED && self.is_unchanged()? {
+        let quick = match self.stands || (self.is_large() && self.is_unchanged()?) {
             true => self.look_at_the_same()?,
             false => None,
         };
@@ -179,6 +184,34 @@ impl Tracker {
         }
         self.settle_owed(&mut found);
         Ok(found)
+    }
+
+    /// Whether the program, which stands still, has the mappings that it had at the
+    /// last look, and no other: then [`Tracker::last_look`] finds pages only, and
+    /// may come late. False too where it would take long to ask.
+    ///
+    /// # Errors
+    /// The program has ended, or has executed another one.
+    pub fn stands(&mut self) -> Result<bool> {
+        self.stands = self.is_large() && self.is_unchanged()? && self.all_followed()?;
+        Ok(self.stands)
+    }
+
+    fn all_followed(&self) -> Result<bool> {
+        let private = || self.layout.vmas.iter().filter(|v| v.is_private());
+        if private().count() > MOST_ASKED {
+            return Ok(false);
+        }
+        for vma in private() {
+            if !self.writes.still_follows(vma.start)? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    fn is_large(&self) -> bool {
+        self.seen.iter().map(|m| m.resident).sum::<u64>() > QUICKLY_WALKED
     }
 
     /// Whether no mapping has come, gone or changed since the last look, as far
@@ -208,7 +241,7 @@ impl Tracker {
                 sent: &self.sent,
             };
             match self.writes.changed_in_the_same(part)? {
-                Some(runs) => changed.push(runs),
+                Some(runs) => changed.push(self.of_the_program(runs)),
                 None => return Ok(None),
             }
         }
@@ -225,14 +258,30 @@ impl Tracker {
         Ok(Some(found))
     }
 
-    /// Where private, dense mappings follow one another, with nothing but holes
+    /// What of these runs, in order, lies in mappings of the last list: beside those a
+    /// stack may have grown when calls were made inside the program.
+    fn of_the_program(&self, runs: Vec<Range<u64>>) -> Vec<Range<u64>> {
+        let mut all = Vec::with_capacity(runs.len());
+        for run in runs {
+            let first = self.layout.vmas.partition_point(|v| v.end <= run.start);
+            let within = self.layout.vmas[first..].iter();
+            for vma in within.take_while(|v| v.start < run.end) {
+                push(&mut all, run.start.max(vma.start)..run.end.min(vma.end));
+            }
+        }
+        all
+    }
+
+    /// Where private, dense mappings follow one another, with nothing but small holes
     /// between them, or not even those.
     fn stretches(&self) -> Vec<Range<u64>> {
         let mut all: Vec<Range<u64>> = Vec::new();
         let mut goes_on = false;
         for vma in &self.layout.vmas {
             let dense = vma.is_private() && self.is_dense(vma);
-            let joins = |r: &Range<u64>| r.end == vma.start || self.writes.skips_holes();
+            let hole = |r: &Range<u64>| vma.start - r.end;
+            let joins =
+                |r: &Range<u64>| hole(r) == 0 || (self.writes.skips_holes() && hole(r) <= DENSE);
             match all.last_mut() {
                 Some(last) if dense && goes_on && joins(last) => last.end = vma.end,
                 _ if dense => all.push(vma.range()),

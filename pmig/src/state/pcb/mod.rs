@@ -172,7 +172,7 @@ impl Backend {
     /// The first beat: all that needs nothing of the program's memory, while
     /// that is on its way. The husk's mappings, descriptors and time namespace
     /// are complete after the calls of `batch`, and it is still root then.
-    /// Returns what became of `batch`. `clock` is the program's at the target.
+    /// Returns what became of `batch`.
     ///
     /// The parent-death signal is set here: it is sent when the husk's parent
     /// ends, so a husk that shall outlive the session must have been handed to
@@ -186,20 +186,28 @@ impl Backend {
         batch: Batch,
         pcb: &Pcb,
         fresh: &Fresh,
-        clock: ProgramClock,
     ) -> Result<Done> {
         let done = match self {
             Backend::Ptrace => restore_by_ptrace(husk, batch, pcb, fresh)?,
             Backend::Kmod(_) => kmod::restore(husk, batch, pcb, fresh)?,
         };
         pcb.registers.restore_xstate(husk)?;
-        if !self.needs_memory(pcb) {
-            self.set_going(husk, pcb, clock)?;
-        }
         Ok(done)
     }
 
-    /// The second beat, when its memory is complete: all that is left.
+    /// The second beat, as soon as nothing more is to be done inside the husk; its
+    /// memory may still come. `clock` is the program's at the target.
+    ///
+    /// # Errors
+    /// As [`Backend::restore`].
+    pub fn prepare(&self, husk: &mut Stopped, pcb: &Pcb, clock: ProgramClock) -> Result<()> {
+        if !self.needs_memory(pcb) {
+            self.set_going(husk, pcb, clock)?;
+        }
+        Ok(())
+    }
+
+    /// The third beat, when its memory is complete: all that is left.
     /// Afterwards only [`Stopped::detach`] may follow.
     ///
     /// # Errors

@@ -208,12 +208,10 @@ fn a_twin_gets_everything_by(backend: &Backend) {
 
 fn restore_by(backend: &Backend, stopped: &mut Stopped, pcb: &Pcb) {
     let fresh = Fresh::of(stopped.pid()).unwrap();
-    backend
-        .restore(stopped, Batch::new(), pcb, &fresh, ProgramClock::default())
-        .unwrap();
-    backend
-        .finish(stopped, pcb, ProgramClock::default())
-        .unwrap();
+    let clock = ProgramClock::default();
+    backend.restore(stopped, Batch::new(), pcb, &fresh).unwrap();
+    backend.prepare(stopped, pcb, clock).unwrap();
+    backend.finish(stopped, pcb, clock).unwrap();
 }
 
 /// A husk has no rseq area; other processes do.

@@ -257,6 +257,10 @@ pub(super) trait Writes {
     /// What is there now, in order.
     fn present(&mut self, part: Range<u64>, then: Then) -> Result<Vec<Range<u64>>>;
 
+    /// Whether the mapping that begins at that address is followed still. Asked when
+    /// nothing changes any more.
+    fn still_follows(&self, at: u64) -> Result<bool>;
+
     /// What may not be what it was at the last look, in order: written, come,
     /// gone, or another page. May tell more, never less.
     fn changed(&mut self, part: Part<'_>, then: Then) -> Result<Vec<Range<u64>>>;
@@ -323,6 +327,10 @@ impl Writes for Nothing {
 
     fn changed(&mut self, part: Part<'_>, _: Then) -> Result<Vec<Range<u64>>> {
         Ok(vec![part.range])
+    }
+
+    fn still_follows(&self, _: u64) -> Result<bool> {
+        Ok(false)
     }
 
     fn changed_in_the_same(&mut self, _: Part<'_>) -> Result<Option<Vec<Range<u64>>>> {

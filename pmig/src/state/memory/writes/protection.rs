@@ -55,15 +55,16 @@ impl Writes for Protection {
 
     fn changed(&mut self, part: Part<'_>, then: Then) -> Result<Vec<Range<u64>>> {
         let (pagemap, pid) = (&self.0.pagemap, self.0.pid);
-        // Only a question for this alone is quick (pagemap_scan_pmd_entry() in
-        // fs/proc/task_mmu.c).
         let mut query = Query {
             all: category::WRITTEN,
             tell: category::WRITTEN,
             protect: then == Then::Clean,
             ..Query::default()
         };
-        if part.dense {
+        // Only a question for this alone is quick (pagemap_scan_pmd_entry() in
+        // fs/proc/task_mmu.c). But what is absent counts as written, and protected it
+        // would look like something that is there: swapped out.
+        if part.dense && then == Then::Leave {
             return runs(pagemap, pid, part.range, query);
         }
         query.any = category::PRESENT | category::SWAPPED;
@@ -78,6 +79,10 @@ impl Writes for Protection {
         Ok(union(written, gone))
     }
 
+    fn still_follows(&self, at: u64) -> Result<bool> {
+        self.0.still_follows(at)
+    }
+
     fn changed_in_the_same(&mut self, part: Part<'_>) -> Result<Option<Vec<Range<u64>>>> {
         if !part.dense {
             return match self.0.still(&part)? {
@@ -85,10 +90,6 @@ impl Writes for Protection {
                 false => Ok(None),
             };
         }
-        let mut written = Vec::new();
-        let same = self
-            .0
-            .written_in_the_same(&part.range, |r| push(&mut written, r))?;
-        Ok(same.then_some(written))
+        self.0.written_in_the_same(&part.range)
     }
 }
