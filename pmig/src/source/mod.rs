@@ -452,8 +452,6 @@ impl<'a> Run<'a> {
             clock,
         };
         let pcb = self.backend.capture(&mut stopped, &context)?;
-        // While nothing else is going on: what follows keeps two machines busy.
-        stopped.settle()?;
         self.part("pcb");
 
         self.signals = Some((pcb.signals.clone(), pending));
@@ -486,7 +484,9 @@ impl<'a> Run<'a> {
             .send(&ToTarget::Complete(shipped))
             .map_err(|e| self.better(e))?;
         self.part("files");
-        // All is on its way: what stands still can be looked at meanwhile.
+        // All is on its way: what stands still can be put in order and looked at
+        // meanwhile.
+        stopped.settle()?;
         let obstacles = pcb::look_again(self.pid)?;
         if !obstacles.is_empty() {
             return Err(Error::Refused(obstacles));

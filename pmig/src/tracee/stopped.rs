@@ -447,18 +447,19 @@ impl Stopped {
             libc::PROT_WRITE as u64,
             libc::PROT_EXEC as u64,
         );
-        let new = self.call_at(
-            call,
-            libc::SYS_mmap,
-            [at, len, read | exec, anon | fixed, u64::MAX, 0],
-        )?;
-        // Executable first and writable after: the only order that a process
-        // under PR_SET_MDWE allows.
-        self.call_at(
-            call,
-            libc::SYS_mprotect,
-            [new + PAGE, len - PAGE, read | write, 0, 0, 0],
-        )?;
+        let map = |prot| [at, len, prot, anon | fixed, u64::MAX, 0];
+        let new = match self.call_at(call, libc::SYS_mmap, map(read | write | exec)) {
+            Ok(new) => new,
+            // Executable first and writable after: the only order that a process
+            // under PR_SET_MDWE allows.
+            Err(Error::Os { cause, .. }) if is_forbidden(&cause) => {
+                let new = self.call_at(call, libc::SYS_mmap, map(read | exec))?;
+                let writable = [new + PAGE, len - PAGE, read | write, 0, 0, 0];
+                self.call_at(call, libc::SYS_mprotect, writable)?;
+                new
+            }
+            Err(e) => return Err(e),
+        };
         if let Some(old) = self.scratch {
             self.call_at(call, libc::SYS_munmap, [old.at, old.len, 0, 0, 0, 0])?;
         }
@@ -664,6 +665,11 @@ impl Stopped {
             }
         }
     }
+}
+
+/// Memory that can be written and executed is not to be had.
+fn is_forbidden(cause: &std::io::Error) -> bool {
+    matches!(cause.raw_os_error(), Some(libc::EACCES | libc::EPERM))
 }
 
 impl Drop for Stopped {

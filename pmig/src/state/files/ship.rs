@@ -26,6 +26,8 @@ enum Known {
     Zeros,
     /// The first half of its blake3 hash.
     Hash([u8; 16]),
+    /// What [`Shipment::tail`] has: the file ended in it.
+    Tail,
 }
 
 /// A file being sent.
@@ -33,6 +35,9 @@ pub struct Shipment {
     path: FilePath,
     file: File,
     blocks: Vec<Known>,
+    /// The end of the file, less than a block: what is appended to it travels
+    /// alone.
+    tail: Vec<u8>,
     /// The file's state when the last pass began, and when that was.
     last: Option<(Stamp, SystemTime)>,
     /// Its time stamps cannot be compared with this machine's clock.
@@ -60,6 +65,7 @@ impl Shipment {
             path: path.clone(),
             file,
             blocks: Vec::new(),
+            tail: Vec::new(),
             last: None,
             foreign_clock: pinned.has_foreign_clock().context("look at", path)?,
             buffer: vec![0; BLOCK],
@@ -71,7 +77,8 @@ impl Shipment {
     }
 
     /// Gives out every block that changed since the pass before, with its
-    /// offset; at first, every block that is not all zeros.
+    /// offset, and of the last one, if it only grew, what it grew by; at first,
+    /// every block that is not all zeros.
     ///
     /// A pass over a file that visibly did not change costs one fstat(2). Any
     /// other reads all of it but what is known to have stood still: on ext4, a
@@ -135,10 +142,18 @@ impl Shipment {
             let got = self.read(at, want)?;
             let block = &self.buffer[..got];
             let known = know(block);
-            if known != self.blocks[n] {
-                send(at, block)?;
-                pass.sent += got as u64;
+            let same = match self.blocks[n] {
+                Known::Tail if block.starts_with(&self.tail) => self.tail.len(),
+                _ => 0,
+            };
+            if known != self.blocks[n] || (known == Known::Tail && block != self.tail) {
+                send(at + same as u64, &block[same..])?;
+                pass.sent += (got - same) as u64;
                 self.blocks[n] = known;
+            }
+            if known == Known::Tail {
+                self.tail.clear();
+                self.tail.extend_from_slice(block);
             }
             if got < want {
                 // Cut off meanwhile.
@@ -233,6 +248,9 @@ impl Shipment {
 fn know(block: &[u8]) -> Known {
     if block.iter().all(|&b| b == 0) {
         return Known::Zeros;
+    }
+    if block.len() < BLOCK {
+        return Known::Tail;
     }
     let mut half = [0; 16];
     half.copy_from_slice(&blake3::hash(block).as_bytes()[..16]);

@@ -131,6 +131,30 @@ fn only_what_changed_is_sent_and_holes_are_not() {
 }
 
 #[test]
+fn what_is_appended_travels_alone() {
+    let p = Place::new();
+    let mut file = OpenOptions::new()
+        .read(true)
+        .append(true)
+        .create_new(true)
+        .open(p.on("data"))
+        .unwrap();
+    let mut m = Move::begin(&p, &file, 1 << 30);
+    // The last two go on over the end of a block; the first would be zeros.
+    for (n, len) in [0, 1, 100, BLOCK - 200, 200, BLOCK].into_iter().enumerate() {
+        file.write_all(&vec![n as u8; len]).unwrap();
+        assert!(m.pass().sent <= 2 * len as u64, "{len}");
+        assert!(fs::read(p.on("data")).unwrap() == fs::read(&m.temporary).unwrap());
+    }
+    // What was there has changed besides.
+    let other = File::options().write(true).open(p.on("data")).unwrap();
+    other.write_all_at(b"!", BLOCK as u64 + 7).unwrap();
+    file.write_all(b"?").unwrap();
+    m.pass();
+    assert!(fs::read(p.on("data")).unwrap() == fs::read(&m.temporary).unwrap());
+}
+
+#[test]
 fn a_shipped_file_comes_into_place() {
     let p = Place::new();
     let file = OpenOptions::new()

@@ -240,7 +240,12 @@ impl Tracker {
                 dense,
                 sent: &self.sent,
             };
-            match self.writes.changed_in_the_same(part)? {
+            let runs = match self.stands {
+                // What has come since is our own.
+                true => Some(self.writes.changed(part, Then::Leave)?),
+                false => self.writes.changed_in_the_same(part)?,
+            };
+            match runs {
                 Some(runs) => changed.push(self.of_the_program(runs)),
                 None => return Ok(None),
             }

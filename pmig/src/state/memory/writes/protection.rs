@@ -54,20 +54,20 @@ impl Writes for Protection {
     }
 
     fn changed(&mut self, part: Part<'_>, then: Then) -> Result<Vec<Range<u64>>> {
+        // What is absent counts as written, and protected it would look like something
+        // that is there: swapped out.
+        if part.dense && then == Then::Leave {
+            let written = self.0.written(&part.range, false)?;
+            return Ok(written.unwrap_or_default());
+        }
         let (pagemap, pid) = (&self.0.pagemap, self.0.pid);
-        let mut query = Query {
+        let query = Query {
             all: category::WRITTEN,
+            any: category::PRESENT | category::SWAPPED,
             tell: category::WRITTEN,
             protect: then == Then::Clean,
             ..Query::default()
         };
-        // Only a question for this alone is quick (pagemap_scan_pmd_entry() in
-        // fs/proc/task_mmu.c). But what is absent counts as written, and protected it
-        // would look like something that is there: swapped out.
-        if part.dense && then == Then::Leave {
-            return runs(pagemap, pid, part.range, query);
-        }
-        query.any = category::PRESENT | category::SWAPPED;
         let written = runs(pagemap, pid, part.range.clone(), query)?;
         let mut gone = Vec::new();
         for sent in part.sent.within(part.range) {
@@ -90,6 +90,6 @@ impl Writes for Protection {
                 false => Ok(None),
             };
         }
-        self.0.written_in_the_same(&part.range)
+        self.0.written(&part.range, true)
     }
 }

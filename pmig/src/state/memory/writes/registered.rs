@@ -108,22 +108,24 @@ impl Registered {
         if !part.dense {
             return self.still_follows(part.range.start);
         }
-        Ok(self.written_in_the_same(&part.range)?.is_some())
+        Ok(self.written(&part.range, true)?.is_some())
     }
 
-    /// What was written since it was protected, in order; none where a mapping is
-    /// registered no longer. A large part is looked through by several processors at
-    /// once.
-    pub fn written_in_the_same(&self, r: &Range<u64>) -> Result<Option<Vec<Range<u64>>>> {
+    /// What was written since it was protected, in order. With `check`, none where a
+    /// mapping is registered no longer. A large part is looked through by several
+    /// processors at once.
+    pub fn written(&self, r: &Range<u64>, check: bool) -> Result<Option<Vec<Range<u64>>>> {
+        // Only a question for this alone is quick (pagemap_scan_pmd_entry() in
+        // fs/proc/task_mmu.c).
         let query = Query {
             all: category::WRITTEN,
             tell: category::WRITTEN,
-            followed: true,
+            followed: check,
             ..Query::default()
         };
         let look = |r: &Range<u64>| match runs(&self.pagemap, self.pid, r.clone(), query) {
             Ok(written) => Ok(Some(written)),
-            Err(e) if e.errno() == Some(libc::EPERM) => Ok(None),
+            Err(e) if check && e.errno() == Some(libc::EPERM) => Ok(None),
             Err(e) => Err(e),
         };
         let parts = split(r, processors());
