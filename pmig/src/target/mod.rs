@@ -412,16 +412,13 @@ impl Building {
         let raw = &mut self.buf[..all as usize];
         wire.recv_raw(raw)?;
         let husk = self.husk.as_ref().ok_or_else(no_husk)?;
-        let mut rest = &*raw;
-        for &(start, len) in runs {
-            let end = start
-                .checked_add(len as u64)
-                .ok_or_else(|| Error::bad("pages from peer", "they wrap around"))?;
-            let (bytes, more) = rest.split_at(len as usize);
-            husk.write(&(start..end), bytes)?;
-            rest = more;
-        }
-        Ok(())
+        let runs = runs.iter().map(|&(start, len)| {
+            let end = start.checked_add(len.into());
+            end.map(|end| start..end)
+                .ok_or_else(|| Error::bad("pages from peer", "they wrap around"))
+        });
+        let runs: Vec<Range<u64>> = runs.collect::<Result<_>>()?;
+        husk.write(&runs, raw)
     }
 
     /// A piece of a shipped file.
