@@ -413,7 +413,8 @@ mod tests {
             .find(|v| v.is_private() && v.prot == 3)
             .unwrap();
         let run = data.start..data.start + PAGE;
-        husk.write(std::slice::from_ref(&run), &[7; PAGE as usize]).unwrap();
+        husk.write(std::slice::from_ref(&run), &[7; PAGE as usize])
+            .unwrap();
         husk.discard(std::slice::from_ref(&run)).unwrap();
         husk.write(&[run.start..TOP - PAGE], &[]).unwrap_err();
         husk.settle().unwrap();

@@ -91,6 +91,6 @@ mod tests {
             .collect();
         let mut into = vec![0; runs.len()];
         assert_eq!(read(own, &runs, &mut into), runs.len());
-        assert!(into.iter().enumerate().all(|(n, b)| *b == 2 * n as u8));
+        assert!(into.iter().enumerate().all(|(n, b)| *b == (2 * n) as u8));
     }
 }

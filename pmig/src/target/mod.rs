@@ -37,7 +37,7 @@ use crate::state::memory::{Kernel, Layout};
 use crate::state::pcb::{self, Backend, Fresh, MachineFacts, PcbChoice};
 use crate::state::restart::ProgramClock;
 use crate::sys::limits::raise_descriptors;
-use crate::sys::memory::keep_in;
+use crate::sys::memory::{keep_in, peak};
 use crate::sys::pidfd;
 use crate::sys::spawn::Parent;
 use crate::tracee::Batch;
@@ -525,7 +525,8 @@ impl Building {
         self.fetch_touched(wire)?;
         self.files.check()?;
         self.holder_lives()?;
-        wire.send(&ToSource::Ready(times))?;
+        let peak = peak();
+        wire.send(&ToSource::Ready(Ready { peak, ..times }))?;
         fault::point(Phase::Ready, Role::Target, || wire.link().cut());
         match wire.recv()? {
             ToTarget::Commit(order) => {
