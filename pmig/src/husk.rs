@@ -416,7 +416,8 @@ mod tests {
         husk.write(std::slice::from_ref(&run), &[7; PAGE as usize])
             .unwrap();
         husk.discard(std::slice::from_ref(&run)).unwrap();
-        husk.write(&[run.start..TOP - PAGE], &[]).unwrap_err();
+        let beyond = run.start..TOP - PAGE;
+        husk.write(std::slice::from_ref(&beyond), &[]).unwrap_err();
         husk.settle().unwrap();
         let there = Layout::capture(husk.pid(), &layout.files).unwrap();
         assert_eq!(steps(&layout.vmas, &there.vmas).len(), {
