@@ -10,6 +10,7 @@ use std::time::Duration;
 use crate::error::{Context, Error, Result};
 use crate::state::bounds::Bounds;
 use crate::state::memory::{apply, steps, Backing, Layout, Vma, BOTTOM, PAGE, TOP};
+use crate::sys::across;
 use crate::sys::pagemap::{category, scan, Query};
 use crate::sys::ptrace::{self, Change};
 use crate::sys::spawn::Parent;
@@ -187,13 +188,35 @@ impl Husk {
         self.stopped.run(b).map(drop)
     }
 
-    /// Writes pages, wherever they lie in the program's own mappings.
-    pub fn write(&self, run: &Range<u64>, bytes: &[u8]) -> Result<()> {
-        self.own(run)?;
-        self.stopped.mem().write_all_at(bytes, run.start).context(
-            "fill the husk's memory at",
-            format_args!("{:#x}", run.start),
-        )
+    /// Writes runs of pages, wherever they lie in the program's own mappings; `bytes`
+    /// holds them one behind the other.
+    ///
+    /// # Errors
+    /// A run lies elsewhere, or cannot be written to; then some of them may have been.
+    pub fn write(&self, runs: &[Range<u64>], bytes: &[u8]) -> Result<()> {
+        for run in runs {
+            self.own(run)?;
+        }
+        let (mut rest, mut bytes) = (runs, bytes);
+        while !rest.is_empty() {
+            let mut done = across::write(self.pid(), rest, bytes);
+            while let [run, more @ ..] = rest {
+                let len = (run.end - run.start) as usize;
+                if done < len {
+                    break;
+                }
+                (done, rest, bytes) = (done - len, more, &bytes[len..]);
+            }
+            // What the program may not write to itself is written like that only.
+            let [run, more @ ..] = rest else { break };
+            let (first, others) = bytes.split_at((run.end - run.start) as usize);
+            self.stopped.mem().write_all_at(first, run.start).context(
+                "fill the husk's memory at",
+                format_args!("{:#x}", run.start),
+            )?;
+            (rest, bytes) = (more, others);
+        }
+        Ok(())
     }
 
     /// Takes pages away.
@@ -390,9 +413,11 @@ mod tests {
             .find(|v| v.is_private() && v.prot == 3)
             .unwrap();
         let run = data.start..data.start + PAGE;
-        husk.write(&run, &[7; PAGE as usize]).unwrap();
+        husk.write(std::slice::from_ref(&run), &[7; PAGE as usize])
+            .unwrap();
         husk.discard(std::slice::from_ref(&run)).unwrap();
-        husk.write(&(run.start..TOP - PAGE), &[]).unwrap_err();
+        let beyond = run.start..TOP - PAGE;
+        husk.write(std::slice::from_ref(&beyond), &[]).unwrap_err();
         husk.settle().unwrap();
         let there = Layout::capture(husk.pid(), &layout.files).unwrap();
         assert_eq!(steps(&layout.vmas, &there.vmas).len(), {

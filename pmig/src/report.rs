@@ -201,6 +201,10 @@ pub struct Summary {
     pub left_behind: u64,
     #[serde(rename = "filled_ms", with = "millis::option", default)]
     pub filled: Option<Duration>,
+    /// The most memory that pmig itself had resident, in bytes: here, and at the
+    /// target before the program ran there. 0: nobody told.
+    #[serde(default)]
+    pub peak: [u64; 2],
     pub freeze: Freeze,
 }
 
@@ -332,6 +336,7 @@ mod tests {
             tracking: "uffd".into(),
             left_behind: 0,
             filled: None,
+            peak: [0; 2],
             freeze,
         });
         let line = serde_json::to_string(&event).unwrap();

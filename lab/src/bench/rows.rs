@@ -161,17 +161,25 @@ pub struct PeerRow {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct ThroughputRow {
     pub hosts: Make,
+    /// As `--mode` has it: `post` is memory that follows the program.
+    #[serde(default)]
+    pub mode: String,
     pub resident_mb: u32,
     pub moves: usize,
-    /// Bytes per second of the copy.
+    /// Bytes per second of the copy, or of the fill.
     pub rate: f64,
     /// Bytes per second that iperf3 got between the moves.
     pub iperf3: Option<f64>,
-    /// The copy against iperf3's run just before it.
+    /// That rate against iperf3's run just before it.
     pub ratio: Option<f64>,
-    /// The whole migration's time against the memory at iperf3's rate.
+    /// The whole migration's time, up to the last page, against the memory at
+    /// iperf3's rate.
     pub whole: Option<f64>,
     pub total_ms: f64,
+    /// The most memory that pmig itself had resident, at the source and at the
+    /// target.
+    #[serde(default)]
+    pub peak_mb: [f64; 2],
 }
 
 impl Results {
@@ -292,9 +300,18 @@ impl PeerRow {
 
 impl ThroughputRow {
     /// The medians of some moves, each with iperf3's rate just before it.
-    pub fn new(hosts: Make, resident_mb: u32, moves: &[(Option<f64>, Told)]) -> Self {
-        let rate = |told: &Told| told.copied as f64 / told.copying.as_secs_f64();
-        let whole = |told: &Told| told.summary.total.as_secs_f64();
+    pub fn new(
+        hosts: Make,
+        (mode, resident_mb): (&str, u32),
+        moves: &[(Option<f64>, Told)],
+    ) -> Self {
+        let filled = |told: &Told| told.summary.filled.unwrap_or_default();
+        let rate = |told: &Told| match told.summary.filled {
+            Some(time) => told.summary.left_behind as f64 / time.as_secs_f64(),
+            None => told.copied as f64 / told.copying.as_secs_f64(),
+        };
+        let bytes = |told: &Told| (told.copied + told.summary.left_behind) as f64;
+        let whole = |told: &Told| (told.summary.total + filled(told)).as_secs_f64();
         let iperf3 = moves
             .iter()
             .filter_map(|(iperf3, told)| iperf3.map(|rate| (rate, told)))
@@ -303,15 +320,21 @@ impl ThroughputRow {
             let all = iperf3.iter().map(|(line, told)| figure(*line, told));
             (!iperf3.is_empty()).then(|| median(all))
         };
+        let peak = |side: usize| {
+            let all = moves.iter().map(|(_, told)| told.summary.peak[side]);
+            all.max().unwrap_or(0) as f64 / 1e6
+        };
         Self {
             hosts,
+            mode: mode.into(),
             resident_mb,
             moves: moves.len(),
             rate: median(moves.iter().map(|(_, told)| rate(told))),
             iperf3: against(&|line, _| line),
             ratio: against(&|line, told| rate(told) / line),
-            whole: against(&|line, told| whole(told) / (told.copied as f64 / line)),
+            whole: against(&|line, told| whole(told) / (bytes(told) / line)),
             total_ms: median(moves.iter().map(|(_, told)| whole(told) * 1e3)),
+            peak_mb: [peak(0), peak(1)],
         }
     }
 }

@@ -227,12 +227,16 @@ fn throughputs(rows: &[ThroughputRow]) -> String {
         "ratio",
         "whole move",
         "of ideal",
+        "pmig's memory",
     ]
     .map(str::to_owned)
     .to_vec()];
     for row in rows {
         lines.push(vec![
-            format!("{} idle {} MB", row.hosts, row.resident_mb),
+            match row.mode.as_str() {
+                "post" => format!("{} idle {} MB, fill", row.hosts, row.resident_mb),
+                _ => format!("{} idle {} MB", row.hosts, row.resident_mb),
+            },
             row.moves.to_string(),
             rate(row.rate),
             row.iperf3.map_or("?".into(), rate),
@@ -241,11 +245,14 @@ fn throughputs(rows: &[ThroughputRow]) -> String {
             format!("{} ms", ms(row.total_ms)),
             row.whole
                 .map_or("?".into(), |whole| format!("{whole:.2} x")),
+            format!("{:.0} + {:.0} MB", row.peak_mb[0], row.peak_mb[1]),
         ]);
     }
     format!(
-        "Medians. Memory: incompressible bytes per second of the copy. Ratio: against iperf3 just \
-         before it. Of ideal: the whole move against the memory at iperf3's rate.\n\n{}\n",
+        "Medians. Memory: incompressible bytes per second of the copy, or of the fill, when they \
+         follow the program. Ratio: against iperf3 just before it. Whole move: up to the last page; \
+         of ideal: against the memory at iperf3's rate. pmig's memory: the most that was resident \
+         at the source and at the target.\n\n{}\n",
         table(&lines)
     )
 }

@@ -392,6 +392,7 @@ mod tests {
                 tracking: "uffd".into(),
                 left_behind: 0,
                 filled: None,
+                peak: [0; 2],
                 freeze,
             }),
         ];

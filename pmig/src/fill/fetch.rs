@@ -36,6 +36,11 @@ const WINDOW: Range<u64> = 4 * PIECE.start..16 << 20;
 const SLACK: Duration = Duration::from_millis(2);
 /// How much more than that, to find out what the link carries.
 const GAIN: f64 = 1.5;
+/// A program that has waited for nothing for this long need not be spared as much:
+/// each piece costs both machines the same, however small it is.
+const CALM: Duration = Duration::from_millis(20);
+/// By how much pieces, and what is on its way, are larger then.
+const CALM_GAIN: u64 = 4;
 /// Pages asked for before their turn, at most.
 const MOST_URGENT: usize = 1024;
 
@@ -272,6 +277,7 @@ impl Filler {
         match event {
             Message::Fault(page) => match self.log.missing()[space].source_of(page) {
                 Some(source) => {
+                    self.pace.waits();
                     // What it touches next is likely behind it.
                     self.cursors[space] = page + PAGE;
                     if self.urgent.len() < MOST_URGENT {
@@ -445,6 +451,8 @@ struct Pace {
     rate: f64,
     bytes: u64,
     since: Instant,
+    /// When the program last waited for a page.
+    waited: Instant,
 }
 
 impl Pace {
@@ -457,6 +465,20 @@ impl Pace {
             rate: 0.0,
             bytes: 0,
             since: Instant::now(),
+            waited: Instant::now(),
+        }
+    }
+
+    /// The program waits for a page.
+    fn waits(&mut self) {
+        self.waited = Instant::now();
+    }
+
+    fn gain(&self) -> u64 {
+        if self.waited.elapsed() < CALM {
+            1
+        } else {
+            CALM_GAIN
         }
     }
 
@@ -474,7 +496,7 @@ impl Pace {
     }
 
     fn piece(&self) -> u64 {
-        let bytes = (self.rate * PIECE_TIME.as_secs_f64()) as u64;
+        let bytes = (self.rate * PIECE_TIME.as_secs_f64()) as u64 * self.gain();
         (bytes & !(PAGE - 1)).clamp(PIECE.start, PIECE.end)
     }
 
@@ -484,7 +506,8 @@ impl Pace {
         }
         let time = self.round_trip.min(Duration::from_secs(1)) + SLACK;
         // More than was carried, or it could never be seen that more can be.
-        ((self.rate * time.as_secs_f64() * GAIN) as u64).clamp(WINDOW.start, WINDOW.end)
+        let bytes = (self.rate * time.as_secs_f64() * GAIN) as u64 * self.gain();
+        bytes.clamp(WINDOW.start, WINDOW.end)
     }
 }
 
@@ -558,5 +581,25 @@ fn lost_or(e: Error, id: Id) -> Error {
             "the program stays frozen there; end it",
         )]),
         _ => e,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn less_is_on_its_way_while_the_program_waits_for_pages() {
+        let mut pace = Pace::new();
+        pace.rate = 100e6;
+        pace.round_trip = Duration::from_millis(1);
+        let (piece, window) = (pace.piece(), pace.window());
+        pace.waited = Instant::now() - CALM;
+        assert!(pace.piece() > 2 * piece && pace.window() > 2 * window);
+        pace.waits();
+        assert_eq!((pace.piece(), pace.window()), (piece, window));
+        pace.rate = 1e12;
+        pace.waited = Instant::now() - CALM;
+        assert_eq!((pace.piece(), pace.window()), (PIECE.end, WINDOW.end));
     }
 }

@@ -182,11 +182,13 @@ pub struct Accepted {
     pub notes: Vec<String>,
 }
 
-/// Where the time went at the target, in nanoseconds.
+/// What it took at the target: times in nanoseconds.
 #[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
 pub struct Ready {
     pub memory: u64,
     pub descriptors: u64,
     pub pcb: u64,
     pub hold: u64,
+    /// The most memory that the target's pmig had resident, in bytes.
+    pub peak: u64,
 }

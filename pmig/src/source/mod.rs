@@ -182,6 +182,8 @@ struct Run<'a> {
     /// Bytes that did, and how long they took to follow.
     left_behind: u64,
     filled: Option<Duration>,
+    /// The most memory that the target's pmig had, in bytes.
+    peak_there: u64,
 }
 
 /// What exists from the build on, and must be undone.
@@ -315,6 +317,7 @@ impl<'a> Run<'a> {
             postponed: false,
             left_behind: 0,
             filled: None,
+            peak_there: 0,
         };
         if !ask_only {
             run.compare_clocks()?;

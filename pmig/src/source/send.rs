@@ -14,10 +14,13 @@ use crate::protocol::message::{ToSource, ToTarget, MAX_RAW};
 use crate::report::{Event, Round};
 use crate::state::fd::Beat;
 use crate::state::memory::{Found, Tracker, PAGE};
+use crate::sys::across::MOST_RUNS;
 use crate::sys::memory::keep_in;
 
 /// Rounds of the copy, at most.
 const MOST_ROUNDS: u32 = 30;
+/// Bytes that are read, and sent, at once.
+const PIECE: u64 = MAX_RAW as u64;
 
 impl Run<'_> {
     /// Copies memory and files while the program runs, until what is left fits
@@ -184,73 +187,75 @@ impl Run<'_> {
         buf: &mut [u8],
         sent: &mut dyn FnMut(&mut Self, u64) -> Result<()>,
     ) -> Result<()> {
-        let mut at = 0;
-        let mut runs: Vec<(u64, u32)> = Vec::new();
+        let mut some: Vec<Range<u64>> = Vec::new();
+        let mut len = 0;
         for run in &found.pages {
-            for piece in pieces(run.clone(), MAX_RAW as u64) {
-                let len = (piece.end - piece.start) as usize;
-                if at + len > buf.len() || runs.len() >= 4096 {
-                    self.flush(&mut runs, &buf[..at])?;
-                    sent(self, at as u64)?;
-                    at = 0;
-                }
-                let mut from = at;
-                for got in tracker.read(piece, &mut buf[at..])? {
-                    let len = (got.end - got.start) as usize;
-                    keep_content(tracker, got, buf, from, &mut at, &mut runs);
-                    from += len;
+            let mut at = run.start;
+            while at < run.end {
+                let to = run.end.min(at + (PIECE - len));
+                some.push(at..to);
+                len += to - at;
+                at = to;
+                if len == PIECE || some.len() == MOST_RUNS {
+                    let bytes = self.send_piece(tracker, &some, buf)?;
+                    sent(self, bytes)?;
+                    some.clear();
+                    len = 0;
                 }
             }
         }
-        self.flush(&mut runs, &buf[..at])?;
-        sent(self, at as u64)
+        let bytes = self.send_piece(tracker, &some, buf)?;
+        sent(self, bytes)
     }
 
-    fn flush(&mut self, runs: &mut Vec<(u64, u32)>, raw: &[u8]) -> Result<()> {
-        if runs.is_empty() {
-            return Ok(());
+    /// Sends what of these runs the target has not anyway; returns the bytes of that.
+    fn send_piece(
+        &mut self,
+        tracker: &mut Tracker,
+        runs: &[Range<u64>],
+        buf: &mut [u8],
+    ) -> Result<u64> {
+        let read = tracker.read(runs, buf)?;
+        let (kept, len) = keep_content(tracker, read, buf);
+        if kept.is_empty() {
+            return Ok(0);
         }
-        let message = ToTarget::Pages(std::mem::take(runs));
+        let runs = kept.iter().map(|r| (r.start, (r.end - r.start) as u32));
         self.wire
-            .send_with(&message, raw)
-            .map_err(|e| self.better(e))
+            .send_with(&ToTarget::Pages(runs.collect()), &buf[..len])
+            .map_err(|e| self.better(e))?;
+        kept.into_iter().for_each(|r| tracker.mark_sent(r));
+        Ok(len as u64)
     }
 }
 
-/// Keeps of a run that was read what the target has not anyway: zeros where it
-/// has nothing.
+/// Keeps of what was read, packed at the front of `buf`, what the target has not
+/// anyway: zeros where it has nothing. Returns the runs of that, and their bytes.
 fn keep_content(
-    tracker: &mut Tracker,
-    got: Range<u64>,
+    tracker: &Tracker,
+    read: Vec<Range<u64>>,
     buf: &mut [u8],
-    start: usize,
-    at: &mut usize,
-    runs: &mut Vec<(u64, u32)>,
-) {
-    for (i, page) in (got.start..got.end).step_by(PAGE as usize).enumerate() {
-        let from = start + i * PAGE as usize;
-        let bytes = from..from + PAGE as usize;
-        let zero = buf[bytes.clone()].iter().all(|b| *b == 0);
-        if zero && !tracker.was_sent(page) && tracker.is_anonymous(page) {
-            continue;
+) -> (Vec<Range<u64>>, usize) {
+    const LEN: usize = PAGE as usize;
+    let mut kept: Vec<Range<u64>> = Vec::with_capacity(read.len());
+    let (mut from, mut to) = (0, 0);
+    for run in read {
+        for page in run.step_by(LEN) {
+            let zero = buf[from..from + LEN] == [0; LEN];
+            if !zero || tracker.was_sent(page) || !tracker.is_anonymous(page) {
+                if to != from {
+                    buf.copy_within(from..from + LEN, to);
+                }
+                match kept.last_mut() {
+                    Some(last) if last.end == page => last.end += PAGE,
+                    _ => kept.push(page..page + PAGE),
+                }
+                to += LEN;
+            }
+            from += LEN;
         }
-        if *at != from {
-            buf.copy_within(bytes, *at);
-        }
-        match runs.last_mut() {
-            Some((first, n)) if *first + *n as u64 == page => *n += PAGE as u32,
-            _ => runs.push((page, PAGE as u32)),
-        }
-        tracker.mark_sent(page..page + PAGE);
-        *at += PAGE as usize;
     }
-}
-
-fn pieces(r: Range<u64>, len: u64) -> impl Iterator<Item = Range<u64>> {
-    let end = r.end;
-    (r.start..end)
-        .step_by(len as usize)
-        .map(move |at| at..end.min(at + len))
+    (kept, to)
 }
 
 pub(super) fn per_second(bytes: u64, time: Duration) -> u64 {

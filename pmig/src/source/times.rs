@@ -11,6 +11,7 @@ use crate::report::{End, Event, Summary};
 use crate::state::clock::{self, Difference, Reading};
 use crate::state::memory::{Tracking, TrackingChoice};
 use crate::state::restart::ProgramClock;
+use crate::sys::memory::peak;
 use crate::transport::Addr;
 
 /// Questions by which the clocks are compared.
@@ -47,6 +48,7 @@ impl Run<'_> {
             tracking: self.tracking[0].name().into(),
             left_behind: self.left_behind,
             filled: None,
+            peak: [peak(), self.peak_there],
             freeze: self.freeze.clone(),
         }
     }
@@ -119,6 +121,7 @@ impl Run<'_> {
     /// Divides the wait for Ready into the target's own work and the wire.
     pub(super) fn wait_in_parts(&mut self, there: Ready) {
         let waited = self.lap.elapsed();
+        self.peak_there = there.peak;
         self.laps.add("waited for ready");
         self.lap = Instant::now();
         let mut left = waited;

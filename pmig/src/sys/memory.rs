@@ -1,5 +1,7 @@
 //! This process's own memory.
 
+use nix::sys::resource::{getrusage, UsageWho};
+
 /// From now on nothing this process touches is missing: its code and data are
 /// brought in and stay, what it frees it keeps, and what it asks for comes
 /// filled. While a program stands still, a page fault costs as much as a system
@@ -17,4 +19,10 @@ pub fn keep_in() {
         libc::mallopt(libc::M_TOP_PAD, PIECES);
         libc::mlockall(libc::MCL_CURRENT | libc::MCL_FUTURE);
     }
+}
+
+/// The most memory that this process has had resident so far, in bytes; 0 where the
+/// kernel does not tell.
+pub fn peak() -> u64 {
+    getrusage(UsageWho::RUSAGE_SELF).map_or(0, |u| (u.max_rss().max(0) as u64) << 10)
 }

@@ -1,6 +1,7 @@
 //! Raw calls: the only place where `unsafe` is allowed.
 #![allow(unsafe_code)]
 
+pub mod across;
 pub mod cpu;
 pub mod fds;
 pub mod inherit;

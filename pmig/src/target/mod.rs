@@ -37,7 +37,7 @@ use crate::state::memory::{Kernel, Layout};
 use crate::state::pcb::{self, Backend, Fresh, MachineFacts, PcbChoice};
 use crate::state::restart::ProgramClock;
 use crate::sys::limits::raise_descriptors;
-use crate::sys::memory::keep_in;
+use crate::sys::memory::{keep_in, peak};
 use crate::sys::pidfd;
 use crate::sys::spawn::Parent;
 use crate::tracee::Batch;
@@ -409,16 +409,13 @@ impl Building {
         let raw = &mut self.buf[..all as usize];
         wire.recv_raw(raw)?;
         let husk = self.husk.as_ref().ok_or_else(no_husk)?;
-        let mut rest = &*raw;
-        for &(start, len) in runs {
-            let end = start
-                .checked_add(len as u64)
-                .ok_or_else(|| Error::bad("pages from peer", "they wrap around"))?;
-            let (bytes, more) = rest.split_at(len as usize);
-            husk.write(&(start..end), bytes)?;
-            rest = more;
-        }
-        Ok(())
+        let runs = runs.iter().map(|&(start, len)| {
+            let end = start.checked_add(len.into());
+            end.map(|end| start..end)
+                .ok_or_else(|| Error::bad("pages from peer", "they wrap around"))
+        });
+        let runs: Vec<Range<u64>> = runs.collect::<Result<_>>()?;
+        husk.write(&runs, raw)
     }
 
     fn discard(&mut self, runs: &[(u64, u64)]) -> Result<()> {
@@ -546,7 +543,8 @@ impl Building {
         self.fetch_touched(wire)?;
         self.files.check()?;
         self.holder_lives()?;
-        wire.send(&ToSource::Ready(times))?;
+        let peak = peak();
+        wire.send(&ToSource::Ready(Ready { peak, ..times }))?;
         fault::point(Phase::Ready, Role::Target, || wire.link().cut());
         match wire.recv()? {
             ToTarget::Commit(order) => {

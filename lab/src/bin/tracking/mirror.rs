@@ -33,7 +33,7 @@ impl Mirror {
             for at in (run.start..run.end).step_by(buf.len()) {
                 let piece = at..run.end.min(at + buf.len() as u64);
                 let mut from = 0;
-                for got in tracker.read(piece, &mut buf).map_err(text)? {
+                for got in tracker.read(&[piece], &mut buf).map_err(text)? {
                     for page in got.step_by(PAGE as usize) {
                         let bytes = buf[from..from + PAGE as usize].to_vec();
                         from += PAGE as usize;

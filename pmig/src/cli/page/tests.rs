@@ -163,6 +163,7 @@ fn moved(name: &str) -> Vec<Heard> {
         tracking: "uffd".into(),
         left_behind: 0,
         filled: None,
+        peak: [0; 2],
         freeze: freeze(),
     };
     let note = format!("what is typed at {name} comes later");

@@ -9,14 +9,12 @@ use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
-use nix::sys::uio::{process_vm_readv, RemoteIoVec};
-use nix::unistd::Pid;
-
 use super::layout::{steps, Backing, Layout, Step, Vma, PAGE};
 use super::ranges::{push, without, Ranges};
 use super::writes::{begin, Nothing, Part, Then, Tracking, Writes};
 use crate::error::{Context, Error, Obstacle, Result};
 use crate::proc::smaps::{self, Mapping};
+use crate::sys::across;
 use crate::sys::pagemap::{category, scan, Query};
 use crate::tracee::Stopped;
 
@@ -509,34 +507,39 @@ impl Tracker {
         found.pages = all.iter().collect();
     }
 
-    /// Reads pages to be sent into `buf`, which has their length. Returns the
-    /// runs that could be read, in order, packed at the front of `buf`; what
-    /// could not (the program took it away meanwhile) is owed until the next
-    /// look.
-    pub fn read(&mut self, r: Range<u64>, buf: &mut [u8]) -> Result<Vec<Range<u64>>> {
-        let len = (r.end - r.start) as usize;
-        let remote = [RemoteIoVec {
-            base: r.start as usize,
-            len,
-        }];
-        let mut local = [std::io::IoSliceMut::new(&mut buf[..len])];
-        let got = process_vm_readv(Pid::from_raw(self.pid), &mut local, &remote).unwrap_or(0);
-        if got == len {
-            return Ok(vec![r]);
-        }
-        let mut runs: Vec<Range<u64>> = Vec::new();
+    /// Reads runs of pages to be sent, which are in order, into `buf`, which has room
+    /// for all of them. Returns the runs that could be read, in order, packed at the
+    /// front of `buf`; what could not (the program took it away meanwhile) is owed
+    /// until the next look.
+    pub fn read(&mut self, runs: &[Range<u64>], buf: &mut [u8]) -> Result<Vec<Range<u64>>> {
+        let mut read: Vec<Range<u64>> = Vec::with_capacity(runs.len());
         let mut at = 0;
-        for page in (r.start..r.end).step_by(PAGE as usize) {
-            let to = &mut buf[at..at + PAGE as usize];
-            match self.mem.read_exact_at(to, page) {
-                Ok(()) => {
-                    push(&mut runs, page..page + PAGE);
-                    at += PAGE as usize;
+        let mut rest = runs;
+        while !rest.is_empty() {
+            let mut got = across::read(self.pid, rest, &mut buf[at..]);
+            while let [r, more @ ..] = rest {
+                let len = (r.end - r.start) as usize;
+                if got < len {
+                    break;
                 }
-                Err(_) => self.owed.insert(page..page + PAGE),
+                push(&mut read, r.clone());
+                (at, got, rest) = (at + len, got - len, more);
             }
+            // What the program may not read itself is read like that only.
+            let [r, more @ ..] = rest else { break };
+            for page in r.clone().step_by(PAGE as usize) {
+                let to = &mut buf[at..at + PAGE as usize];
+                match self.mem.read_exact_at(to, page) {
+                    Ok(()) => {
+                        push(&mut read, page..page + PAGE);
+                        at += PAGE as usize;
+                    }
+                    Err(_) => self.owed.insert(page..page + PAGE),
+                }
+            }
+            rest = more;
         }
-        Ok(runs)
+        Ok(read)
     }
 
     /// Notes that the target has what was read of `r`.
