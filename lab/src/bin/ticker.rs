@@ -24,6 +24,7 @@ fn main() -> ExitCode {
             "seed",
             "per_tick",
             "mappings",
+            "mapping_kb",
             "descriptors",
         ])?;
         let ticks = args.number("ticks", 5000)?;
@@ -38,6 +39,7 @@ fn main() -> ExitCode {
         let per_tick = args.number("per_tick", PER_TICK)?;
         let mut crowd = Crowd::new(
             args.number("mappings", 0)?,
+            args.number("mapping_kb", 4)? / 4,
             args.number("descriptors", 0)?,
         )?;
         let mut mix = Mix(args.number("seed", 1)?);

@@ -14,7 +14,9 @@ const GROUP: usize = 6;
 #[derive(Debug)]
 pub struct Crowd {
     area: Option<Area>,
-    /// What each page was filled with last.
+    /// Pages of a mapping; the first holds something.
+    each: usize,
+    /// What that of each mapping was filled with last.
     seeds: Vec<u64>,
     groups: Vec<Group>,
     /// What is missing to the number wanted: duplicates of one.
@@ -95,21 +97,22 @@ impl Group {
 }
 
 impl Crowd {
-    /// So many mappings of a page each, every other one writable, and so many
-    /// descriptors.
+    /// So many mappings of so many pages each, every other one writable, and so
+    /// many descriptors.
     ///
     /// # Errors
     /// The limits of the kernel, and RLIMIT_NOFILE's hard one.
-    pub fn new(mappings: u64, descriptors: u64) -> Result<Self, String> {
+    pub fn new(mappings: u64, each: u64, descriptors: u64) -> Result<Self, String> {
+        let each = each.max(1) as usize;
         let area = match mappings {
             0 => None,
-            some => Some(Area::new(some as usize)?),
+            some => Some(Area::new(some as usize * each)?),
         };
         let seeds = (1..=mappings).collect::<Vec<_>>();
-        for (page, area) in (0..seeds.len()).zip(area.iter().cycle()) {
-            area.fill(page, seeds[page]);
-            if page % 2 == 1 {
-                area.protect(page, 1, libc::PROT_READ)?;
+        for (n, area) in (0..seeds.len()).zip(area.iter().cycle()) {
+            area.fill(n * each, seeds[n]);
+            if n % 2 == 1 {
+                area.protect(n * each, each, libc::PROT_READ)?;
             }
         }
         let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).map_err(text)?;
@@ -123,6 +126,7 @@ impl Crowd {
             groups: groups.collect::<Result<_, _>>()?,
             _more: more.collect::<Result<_, _>>()?,
             area,
+            each,
             seeds,
         })
     }
@@ -133,11 +137,11 @@ impl Crowd {
     /// What is not as it was left.
     pub fn tick(&mut self, number: u64) -> Result<(), String> {
         if let Some(area) = &self.area {
-            let page = (number % self.seeds.len() as u64) as usize;
-            area.check(page, Some(self.seeds[page]))?;
-            if page % 2 == 0 {
-                self.seeds[page] = number;
-                area.fill(page, number);
+            let n = (number % self.seeds.len() as u64) as usize;
+            area.check(n * self.each, Some(self.seeds[n]))?;
+            if n % 2 == 0 {
+                self.seeds[n] = number;
+                area.fill(n * self.each, number);
             }
         }
         if !self.groups.is_empty() {
@@ -152,8 +156,8 @@ impl Crowd {
     /// # Errors
     /// As [`Crowd::tick`].
     pub fn check(&mut self) -> Result<(), String> {
-        for (page, area) in (0..self.seeds.len()).zip(self.area.iter().cycle()) {
-            area.check(page, Some(self.seeds[page]))?;
+        for (n, area) in (0..self.seeds.len()).zip(self.area.iter().cycle()) {
+            area.check(n * self.each, Some(self.seeds[n]))?;
         }
         for (n, group) in self.groups.iter_mut().enumerate() {
             group.use_it(n as i64)?;

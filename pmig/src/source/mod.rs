@@ -436,6 +436,7 @@ impl<'a> Run<'a> {
         fault::point(Phase::Freeze, Role::Source, || self.wire.link().cut());
 
         let mut found = b.tracker.last_look()?;
+        stopped.stack_lies_at(b.tracker.stack());
         if self.postponed {
             self.leave_behind(b, &stopped, &mut found)?;
         }

@@ -2,15 +2,17 @@
 
 use std::fs::File;
 use std::marker::PhantomData;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
 use super::batch::Head;
-use super::ground::{lines, Ground};
+use super::ground::Ground;
 use super::home::{frame, frame_len};
 use super::outside::{is_fault, open_mem, quiet_signal, undo_eintr, unused_stack};
 use super::{Batch, Done, RemoteAddr};
 use crate::error::{Context, Error, Result};
+use crate::proc::smaps::Lines;
 use crate::sys::ptrace::{self, Change, Regs, RseqConfig};
 use crate::sys::runner;
 
@@ -72,6 +74,8 @@ pub struct Stopped {
     /// `None` for a husk, which nobody else lives in.
     home: Option<Home>,
     ground: Option<Ground>,
+    /// Where its stack lies, where that is known already.
+    stack: Option<Range<u64>>,
     /// A system call instruction, where one was looked for ahead of time.
     way_out: Option<u64>,
     live: bool,
@@ -112,6 +116,7 @@ impl Stopped {
             scratch: None,
             home: None,
             ground: None,
+            stack: None,
             way_out: None,
             live: true,
             end: None,
@@ -146,6 +151,7 @@ impl Stopped {
             scratch: Some(Scratch { at: scratch.0, len }),
             home: None,
             ground: None,
+            stack: None,
             way_out: None,
             live: false,
             end: Some(libc::SIGURG),
@@ -159,6 +165,12 @@ impl Stopped {
     pub fn on(mut self, ground: Ground) -> Stopped {
         self.ground = Some(ground);
         self
+    }
+
+    /// Spares the list of all mappings, when one was read in this stop: there its
+    /// stack lies.
+    pub fn stack_lies_at(&mut self, stack: Option<Range<u64>>) {
+        self.stack = stack;
     }
 
     pub fn pid(&self) -> i32 {
@@ -404,7 +416,7 @@ impl Stopped {
         };
         let xstate = self.xstate()?;
         let len = (frame_len(xstate.len()) as u64).next_multiple_of(PAGE);
-        let base = unused_stack(self.pid, self.regs.rsp, len)?;
+        let base = unused_stack(self.pid, self.regs.rsp, len, self.stack.take())?;
         let frame = frame(
             base,
             &ground.gadget,
@@ -482,9 +494,8 @@ impl Stopped {
         if let Some(at) = known.or(self.way_out) {
             return Ok(at);
         }
-        let vdso = lines(self.pid)?
-            .into_iter()
-            .find(|l| l.name == "[vdso]")
+        let vdso = Lines::of(self.pid)?
+            .find(b"[vdso]")
             .ok_or_else(|| Error::bad(format!("process {}", self.pid), "it has no vdso"))?;
         let mut code = vec![0; (vdso.end - vdso.start) as usize];
         self.read(RemoteAddr(vdso.start), &mut code)?;

@@ -38,6 +38,8 @@ pub struct Watch {
     proc: ProcDir,
     pidfd: OwnedFd,
     seen: BTreeMap<i32, (Glance, Nature)>,
+    /// Which place each has in the order of descriptions that was found last.
+    ranks: BTreeMap<i32, usize>,
     /// Pipes nobody else had open.
     private: BTreeSet<u64>,
     /// Descriptors of which only the process can say whether they are closed by
@@ -89,6 +91,7 @@ impl Watch {
             proc,
             pidfd,
             seen: BTreeMap::new(),
+            ranks: BTreeMap::new(),
             private: BTreeSet::new(),
             ambiguous: BTreeSet::new(),
             alone: false,
@@ -216,8 +219,10 @@ impl Watch {
         let mut seen = BTreeMap::new();
         // Looked up where there is a terminal.
         let mut control = None;
+        let mut closed = false;
         for fd in numbers {
             let Some((glance, nature)) = self.settled(fd, obstacles)? else {
+                closed = true;
                 continue;
             };
             if terminal::may_be(nature.rdev) && control.is_none() {
@@ -245,6 +250,10 @@ impl Watch {
                 Err(obstacle) => obstacles.push(obstacle),
             }
             seen.insert(fd, (glance, nature));
+        }
+        // Of one that has ended all of them are.
+        if closed && !still_there(&self.proc).context("look at", self.pid)? {
+            return Err(Error::Gone(self.pid));
         }
         self.seen = seen;
         Ok(found)
@@ -319,13 +328,15 @@ impl Watch {
         Ok(order.len())
     }
 
-    fn groups(&self, found: &[Found]) -> Result<Vec<Vec<i32>>> {
+    fn groups(&mut self, found: &[Found]) -> Result<Vec<Vec<i32>>> {
         let fds: Vec<i32> = found.iter().map(|f| f.fd).collect();
         let key = |n: usize| {
             let g = &found[n].glance;
             (g.ino, g.mount, g.flags & !libc::O_CLOEXEC)
         };
-        share(&fds, key, |a, b| match kcmp_file(self.pid, a, b) {
+        // New ones come last.
+        let rank = |fd| self.ranks.get(&fd).copied().unwrap_or(usize::MAX);
+        let shared = share(&fds, key, rank, |a, b| match kcmp_file(self.pid, a, b) {
             // Closed meanwhile: whatever is said of it is corrected at the
             // freeze.
             Err(e) if e.raw_os_error() == Some(libc::EBADF) => Ok(crate::sys::fds::Order::Less),
@@ -334,7 +345,9 @@ impl Watch {
         .context(
             "compare the descriptors of",
             format!("process {}", self.pid),
-        )
+        )?;
+        self.ranks = shared.order.into_iter().zip(0..).collect();
+        Ok(shared.groups)
     }
 
     /// What can be asked only of a copy of the descriptor.

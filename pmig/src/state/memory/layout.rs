@@ -161,7 +161,7 @@ impl Layout {
     ///
     /// [`Error::Refused`] with every mapping that cannot be carried.
     pub fn capture(pid: i32, known: &[MappedFile]) -> Result<Layout> {
-        Layout::from_mappings(&smaps::list(pid, "smaps")?, known, |_| false)
+        Layout::from_mappings(&smaps::list(pid)?.0, known, |_| false)
     }
 
     /// `follows`: of which mappings it is known what was done to them since they
@@ -582,11 +582,10 @@ pub fn resident(pid: i32) -> Result<u64> {
 
 /// What can be said of mappings without stopping the process.
 pub fn preflight(pid: i32) -> Result<Vec<Obstacle>> {
-    match Layout::capture(pid, &[]) {
+    let (mappings, _) = smaps::list(pid)?;
+    match Layout::from_mappings(&mappings, &[], |_| false) {
         Ok(layout) => {
-            let path = format!("/proc/{pid}/smaps");
-            let text = std::fs::read(&path).context("read", &path)?;
-            let watched = smaps::parse(&text)?.iter().any(|m| m.has(b"uw"));
+            let watched = mappings.iter().any(|m| m.has(b"uw"));
             Ok(match (watched, layout.vdso()) {
                 (true, _) => vec![Obstacle::new(
                     "memory",

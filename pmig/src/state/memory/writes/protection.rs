@@ -11,7 +11,7 @@ use super::registered::Registered;
 use super::{runs, there, Part, Then, Tracking, Writes};
 use crate::error::{Error, Result};
 use crate::proc::smaps::Mapping;
-use crate::state::memory::ranges::{push, union, without};
+use crate::state::memory::ranges::{minus, neighbours, push, span, union};
 use crate::sys::pagemap::{category, Query};
 use crate::tracee::Stopped;
 
@@ -68,27 +68,36 @@ impl Writes for Protection {
         }
         query.any = category::PRESENT | category::SWAPPED;
         let written = runs(pagemap, pid, part.range.clone(), query)?;
-        let mut gone = Vec::new();
-        for sent in part.sent.within(part.range) {
-            let is = there(pagemap, pid, sent.clone(), Then::Leave)?;
-            for hole in without(sent, &is) {
-                push(&mut gone, hole);
-            }
-        }
-        Ok(union(written, gone))
+        Ok(union(written, self.gone(&part)?))
     }
 
     fn changed_in_the_same(&mut self, part: Part<'_>) -> Result<Option<Vec<Range<u64>>>> {
-        if !part.dense {
-            return match self.0.still(&part)? {
-                true => self.changed(part, Then::Leave).map(Some),
-                false => Ok(None),
-            };
-        }
+        let there = match part.dense {
+            true => 0,
+            false => category::PRESENT | category::SWAPPED,
+        };
         let mut written = Vec::new();
-        let same = self
-            .0
-            .written_in_the_same(&part.range, |r| push(&mut written, r))?;
-        Ok(same.then_some(written))
+        let note = |r| push(&mut written, r);
+        if !self.0.written_in_the_same(&part.range, there, note)? {
+            return Ok(None);
+        }
+        Ok(Some(match part.dense {
+            true => written,
+            false => union(written, self.gone(&part)?),
+        }))
+    }
+}
+
+impl Protection {
+    /// What was sent of a part, and is not there any more.
+    fn gone(&self, part: &Part<'_>) -> Result<Vec<Range<u64>>> {
+        let mut gone = Vec::new();
+        for some in neighbours(&part.sent.within(part.range.clone())) {
+            let is = there(&self.0.pagemap, self.0.pid, span(some), Then::Leave)?;
+            minus(some, &is)
+                .into_iter()
+                .for_each(|r| push(&mut gone, r));
+        }
+        Ok(gone)
     }
 }

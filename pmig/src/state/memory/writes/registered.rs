@@ -98,18 +98,21 @@ impl Registered {
             let found = runs(&self.pagemap, self.pid, at..at + PAGE, query)?;
             return Ok(!found.is_empty());
         }
-        self.written_in_the_same(&part.range, |_| {})
+        self.written_in_the_same(&part.range, 0, |_| {})
     }
 
-    /// Calls `each` with what was written since it was protected; false where a
-    /// mapping is registered no longer.
+    /// Calls `each` with what was written since it was protected, and is of one of
+    /// the categories `any`, if any are given; false where a mapping is registered
+    /// no longer.
     pub fn written_in_the_same(
         &self,
         r: &Range<u64>,
+        any: u64,
         mut each: impl FnMut(Range<u64>),
     ) -> Result<bool> {
         let query = Query {
             all: category::WRITTEN,
+            any,
             tell: category::WRITTEN,
             followed: true,
             ..Query::default()
