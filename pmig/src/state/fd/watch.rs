@@ -49,19 +49,6 @@ pub struct Watch {
     alone: bool,
 }
 
-/// What stands in the way of moving a process as far as its descriptors go,
-/// looked at from outside while it runs.
-///
-/// # Errors
-/// Where it cannot be looked at, [`Error::Gone`] where it is not there.
-pub fn preflight(pid: i32) -> Result<Vec<Obstacle>> {
-    match Watch::new(pid)?.look(Beat::Running) {
-        Ok(_) => Ok(Vec::new()),
-        Err(Error::Refused(obstacles)) => Ok(obstacles),
-        Err(e) => Err(e),
-    }
-}
-
 struct Found {
     fd: i32,
     glance: Glance,

@@ -580,30 +580,29 @@ pub fn resident(pid: i32) -> Result<u64> {
     Ok((kb("RssAnon:") + kb("VmSwap:")) * 1024)
 }
 
-/// What can be said of mappings without stopping the process.
-pub fn preflight(pid: i32) -> Result<Vec<Obstacle>> {
+/// Lists the address space of a process that is to move.
+///
+/// # Errors
+///
+/// [`Error::Refused`] with all that stands in its way, as far as can be said
+/// without stopping it.
+pub fn first_look(pid: i32) -> Result<Layout> {
     let (mappings, _) = smaps::list(pid)?;
-    match Layout::from_mappings(&mappings, &[], |_| false) {
-        Ok(layout) => {
-            let watched = mappings.iter().any(|m| m.has(b"uw"));
-            Ok(match (watched, layout.vdso()) {
-                (true, _) => vec![Obstacle::new(
-                    "memory",
-                    "somebody watches it by a userfaultfd (perhaps another migration)",
-                    "wait for that to end",
-                )],
-                // A thread of the kernel has no mappings either.
-                (_, None) if !layout.vmas.is_empty() => vec![Obstacle::new(
-                    "memory",
-                    "the program has no vdso, through which pmig acts inside it",
-                    "boot without vdso=0",
-                )],
-                _ => Vec::new(),
-            })
-        }
-        Err(Error::Refused(obstacles)) => Ok(obstacles),
-        Err(e) => Err(e),
-    }
+    let layout = Layout::from_mappings(&mappings, &[], |_| false)?;
+    let watched = mappings.iter().any(|m| m.has(b"uw"));
+    let (why, remedy) = match (watched, layout.vdso()) {
+        (true, _) => (
+            "somebody watches it by a userfaultfd (perhaps another migration)",
+            "wait for that to end",
+        ),
+        // A thread of the kernel has no mappings either.
+        (_, None) if !layout.vmas.is_empty() => (
+            "the program has no vdso, through which pmig acts inside it",
+            "boot without vdso=0",
+        ),
+        _ => return Ok(layout),
+    };
+    Err(Error::Refused(vec![Obstacle::new("memory", why, remedy)]))
 }
 
 #[cfg(test)]
