@@ -2,6 +2,7 @@
 //! again when it stands still.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::os::fd::{AsFd, OwnedFd};
 
 use nix::fcntl::{fcntl, FcntlArg};
@@ -47,6 +48,23 @@ pub struct Watch {
     ambiguous: BTreeSet<i32>,
     /// Nobody else is in its process group.
     alone: bool,
+}
+
+/// A descriptor by its number and what it leads to; written only where it is
+/// wanted.
+#[derive(Clone, Copy)]
+struct Name<'a> {
+    watch: &'a Watch,
+    fd: i32,
+}
+
+impl fmt::Display for Name<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.watch.seen.get(&self.fd) {
+            Some((glance, _)) => f.write_str(&object(self.fd, &glance.link)),
+            None => write!(f, "fd {}", self.fd),
+        }
+    }
 }
 
 struct Found {
@@ -178,11 +196,8 @@ impl Watch {
         }
     }
 
-    fn name(&self, fd: i32) -> String {
-        match self.seen.get(&fd) {
-            Some((glance, _)) => object(fd, &glance.link),
-            None => format!("fd {fd}"),
-        }
+    fn name(&self, fd: i32) -> Name<'_> {
+        Name { watch: self, fd }
     }
 
     /// Looks once more, just before the process is stopped, whether a pipe of
@@ -342,6 +357,7 @@ impl Watch {
         let mut ambiguous = BTreeSet::new();
         let mut obstacles = Vec::new();
         let mut done = vec![false; table.pipes.len()];
+        let mut passage = pipe::Passage::default();
         let mut looked = vec![false; table.terminals.len()];
         let typed = self.alone && readable_control(table).is_some();
         let control = match table.terminals.is_empty() {
@@ -353,24 +369,30 @@ impl Watch {
             first[h.description as usize] = h.fd;
         }
         for (n, (d, &fd)) in table.descriptions.iter().zip(&first).enumerate() {
-            let name = || self.name(fd);
-            let copy = pidfd::get(self.pidfd.as_fd(), fd).context("copy", name())?;
-            if tells_by_signal(copy.as_fd()).context("look at", name())? {
+            let name = self.name(fd);
+            let copy = pidfd::get(self.pidfd.as_fd(), fd).context("copy", name)?;
+            if tells_by_signal(copy.as_fd()).context("look at", name)? {
                 obstacles.push(Obstacle::new(
-                    name(),
+                    name,
                     "is set to send a signal (F_SETOWN, F_SETSIG or F_NOTIFY)",
                     "let the program turn that off first",
                 ));
             }
             if let Kind::Terminal(end) = &d.kind {
-                let flags = fcntl(&copy, FcntlArg::F_GETFL).context("read the flags of", name())?;
+                let flags = fcntl(&copy, FcntlArg::F_GETFL).context("read the flags of", name)?;
                 if flags & libc::O_CLOEXEC != 0 {
                     let its = table.holders.iter().filter(|h| h.description as usize == n);
                     ambiguous.extend(its.map(|h| h.fd));
                 }
                 let n = end.terminal as usize;
                 if !std::mem::replace(&mut looked[n], true) {
-                    match terminal::look(&copy, &mut table.terminals[n], control, typed, &name()) {
+                    match terminal::look(
+                        &copy,
+                        &mut table.terminals[n],
+                        control,
+                        typed,
+                        &name.to_string(),
+                    ) {
                         Ok(()) => {}
                         Err(Error::Refused(o)) => obstacles.extend(o),
                         Err(e) => return Err(e),
@@ -380,7 +402,7 @@ impl Watch {
             if let Kind::Pipe(end) = &d.kind {
                 let n = end.pipe as usize;
                 if !std::mem::replace(&mut done[n], true) {
-                    match pipe::capture(&copy, d.flags, &name()) {
+                    match pipe::capture(&copy, d.flags, &mut passage, name) {
                         Ok(pipe) => table.pipes[n] = pipe,
                         Err(Error::Refused(o)) => obstacles.extend(o),
                         Err(e) => return Err(e),
