@@ -66,7 +66,7 @@ impl Config {
 
 fn configs() -> Vec<Config> {
     let (makes, numbers, rates): (&[Make], &[u32], &[Option<u32>]) = match short() {
-        true => (&[Make::Netns], &[1000, 10_000], &[Some(0), Some(100)]),
+        true => (&[Make::Netns], &[100, 5000], &[Some(0), Some(100)]),
         false => (
             &[Make::Netns, Make::Vm],
             &[10, 100, 1000, 5000, 20_000],

@@ -1,7 +1,8 @@
 //! What rooms share: open file descriptions and who holds them, and the one
 //! way by which files are opened at the target.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::cmp::Ordering;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ffi::OsStr;
 use std::io;
 
@@ -49,39 +50,34 @@ pub(crate) fn share<K: Ord, R: Ord>(
     for n in 0..fds.len() {
         alike.entry(key(n)).or_default().push(n);
     }
+    let mut compare = |a: usize, b: usize| match compare(fds[a], fds[b])? {
+        Order::Same => Ok(Ordering::Equal),
+        Order::Less => Ok(Ordering::Less),
+        Order::Greater => Ok(Ordering::Greater),
+        Order::Different => Err(io::Error::other("the kernel does not order descriptions")),
+    };
     let mut groups: Vec<Vec<usize>> = Vec::new();
     for mut bucket in alike.into_values() {
         bucket.sort_by_cached_key(|n| rank(fds[*n]));
-        // Groups of this bucket in the kernel's order, found by halving, once it
-        // is seen that one does not come last.
-        let mut sorted: Vec<Vec<usize>> = Vec::new();
+        // What is in order already, merged two by two.
+        let mut runs: VecDeque<Vec<Vec<usize>>> = VecDeque::new();
         for n in bucket {
-            let (mut low, mut high) = (0, sorted.len());
-            let mut home = None;
-            let mut first = true;
-            while low < high {
-                let mid = match std::mem::take(&mut first) {
-                    true => high - 1,
-                    false => (low + high) / 2,
-                };
-                match compare(fds[n], fds[sorted[mid][0]])? {
-                    Order::Same => {
-                        home = Some(mid);
-                        break;
-                    }
-                    Order::Less => high = mid,
-                    Order::Greater => low = mid + 1,
-                    Order::Different => {
-                        return Err(io::Error::other("the kernel does not order descriptions"))
-                    }
-                }
-            }
-            match home {
-                Some(at) => sorted[at].push(n),
-                None => sorted.insert(low, vec![n]),
+            let Some(run) = runs.back_mut() else {
+                runs.push_back(vec![vec![n]]);
+                continue;
+            };
+            let last = run.len() - 1;
+            match compare(run[last][0], n)? {
+                Ordering::Equal => run[last].push(n),
+                Ordering::Less => run.push(vec![n]),
+                Ordering::Greater => runs.push_back(vec![vec![n]]),
             }
         }
-        groups.extend(sorted);
+        while runs.len() > 1 {
+            let [a, b] = [(); 2].map(|()| runs.pop_front().unwrap_or_default());
+            runs.push_back(merge(a, b, &mut compare)?);
+        }
+        groups.extend(runs.into_iter().flatten());
     }
     let order = groups.iter().flatten().map(|n| fds[*n]).collect();
     groups.iter_mut().for_each(|g| g.sort_unstable());
@@ -91,6 +87,28 @@ pub(crate) fn share<K: Ord, R: Ord>(
         .map(|g| g.into_iter().map(|n| fds[n]).collect())
         .collect();
     Ok(Shared { groups, order })
+}
+
+/// Groups in order, of two such lists.
+fn merge(
+    a: Vec<Vec<usize>>,
+    b: Vec<Vec<usize>>,
+    compare: &mut impl FnMut(usize, usize) -> io::Result<Ordering>,
+) -> io::Result<Vec<Vec<usize>>> {
+    let mut all = Vec::with_capacity(a.len() + b.len());
+    let (mut a, mut b) = (a.into_iter().peekable(), b.into_iter().peekable());
+    while let (Some(x), Some(y)) = (a.peek(), b.peek()) {
+        match compare(x[0], y[0])? {
+            Ordering::Less => all.extend(a.next()),
+            Ordering::Greater => all.extend(b.next()),
+            Ordering::Equal => {
+                let both = a.next().into_iter().chain(b.next());
+                all.push(both.flatten().collect());
+            }
+        }
+    }
+    all.extend(a.chain(b));
+    Ok(all)
 }
 
 /// Other processes that have one of these pipes open: a process for each such

@@ -1,5 +1,6 @@
 //! What an address space is made of, and how one becomes another.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::PathBuf;
 
@@ -176,11 +177,15 @@ impl Layout {
             files: known.to_vec(),
         };
         let mut obstacles = Vec::new();
+        let mut places = Places::default();
+        for (n, file) in known.iter().enumerate() {
+            places.entry((file.dev, file.inode)).or_default().push(n);
+        }
         for m in mappings {
             if m.name == b"[vsyscall]" {
                 continue;
             }
-            match claim(m, &mut layout.files) {
+            match claim(m, &mut layout.files, &mut places) {
                 Ok(mut vma) => {
                     vma.fresh = vma.is_private() && !follows(m);
                     layout.vmas.push(vma);
@@ -247,8 +252,11 @@ impl Layout {
     }
 }
 
+/// The places of files in a list, by device and inode number.
+type Places = BTreeMap<((u32, u32), u64), Vec<usize>>;
+
 /// Takes a mapping, or says why it cannot be carried.
-fn claim(m: &Mapping, files: &mut Vec<MappedFile>) -> Result<Vma, Obstacle> {
+fn claim(m: &Mapping, files: &mut Vec<MappedFile>, places: &mut Places) -> Result<Vma, Obstacle> {
     let name = String::from_utf8_lossy(&m.name).into_owned();
     let refuse = |why: &str, remedy: &str| {
         let shown = if name.is_empty() {
@@ -308,18 +316,18 @@ fn claim(m: &Mapping, files: &mut Vec<MappedFile>) -> Result<Vma, Obstacle> {
             }
             use std::os::unix::ffi::OsStringExt;
             let path = PathBuf::from(std::ffi::OsString::from_vec(m.name.clone()));
-            let at = files
-                .iter()
-                .position(|f| f.inode == m.inode && f.dev == m.dev && f.path == path)
-                .unwrap_or_else(|| {
-                    files.push(MappedFile {
-                        path,
-                        dev: m.dev,
-                        inode: m.inode,
-                        link: format!("{:x}-{:x}", m.start, m.end),
-                    });
-                    files.len() - 1
+            let places = places.entry((m.dev, m.inode)).or_default();
+            let known = places.iter().find(|n| files[**n].path == path).copied();
+            let at = known.unwrap_or_else(|| {
+                files.push(MappedFile {
+                    path,
+                    dev: m.dev,
+                    inode: m.inode,
+                    link: String::new(),
                 });
+                places.push(files.len() - 1);
+                files.len() - 1
+            });
             // The mapping that named the file may be gone by now.
             files[at].link = format!("{:x}-{:x}", m.start, m.end);
             Backing::File(at as u32)
