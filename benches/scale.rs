@@ -46,12 +46,20 @@ impl Config {
         format!("{} {asked} {what} {}", self.make, self.means())
     }
 
-    /// The program, on a host where so many descriptors may be open.
-    fn line(&self, limit: u32) -> Result<String> {
-        let asked = self.asked.unwrap_or(0);
-        let special = match (self.scale, self.asked) {
-            (Scale::Mappings, _) => format!("mappings={asked}"),
-            (Scale::Descriptors, _) => format!("descriptors={}", descriptors(asked, limit)?),
+    /// How much of it there can be, on a host where so many descriptors may be open.
+    fn within(&self, limit: u32) -> Result<Option<u32>> {
+        match (self.scale, self.asked) {
+            (Scale::Descriptors, Some(wanted)) => Ok(Some(descriptors(wanted, limit)?)),
+            (_, asked) => Ok(asked),
+        }
+    }
+
+    /// The program that has so much of it.
+    fn line(&self, asked: Option<u32>) -> String {
+        let number = asked.unwrap_or(0);
+        let special = match (self.scale, asked) {
+            (Scale::Mappings, _) => format!("mappings={number}"),
+            (Scale::Descriptors, _) => format!("descriptors={number}"),
             // It is idle: its first tick lasts for hours.
             (_, Some(0)) => "resident_mb=256 tick_us=100000000000".into(),
             (_, Some(rate)) => {
@@ -60,7 +68,7 @@ impl Config {
             }
             (_, None) => "resident_mb=256 mode=roaming per_tick=4096 tick_us=0".into(),
         };
-        Ok(format!("ticker ticks=1000000000 {special}"))
+        format!("ticker ticks=1000000000 {special}")
     }
 }
 
@@ -109,6 +117,8 @@ fn configs() -> Vec<Config> {
 
 /// A program, who else moves it, and what became of its moves.
 struct Trial {
+    /// What there is of it.
+    asked: Option<u32>,
     mover: Mover,
     criu: Option<Criu>,
     told: Vec<Told>,
@@ -131,11 +141,13 @@ fn start<'a>(
         // Without a limit it is a word.
         let limit = limit.trim().parse().unwrap_or(u32::MAX);
         let more = format!("--mode {}", config.mode);
-        let mut mover = Mover::start(&stage, &config.line(limit)?, &more)?;
+        let asked = config.within(limit)?;
+        let mut mover = Mover::start(&stage, &config.line(asked), &more)?;
         if criu.is_some() {
             mover.write_less(MOST_WRITTEN);
         }
         *trial = Some(Trial {
+            asked,
             mover,
             criu,
             told: Vec::new(),
@@ -176,7 +188,7 @@ impl Trial {
     }
 
     fn row(&self, config: &Config) -> ScaleRow {
-        let at = (config.scale, config.asked);
+        let at = (config.scale, self.asked);
         match config.means {
             Means::Pmig => ScaleRow::new(config.make, &config.means(), at, but_first(&self.told)),
             other => ScaleRow::of_peer(config.make, other, at, but_first(&self.moved)),

@@ -207,7 +207,10 @@ pub fn text(rows: &[ScaleRow]) -> String {
          program's own time stamps. Whole move: until nothing is missing at the target.\n"
     );
     for scale in Scale::ALL {
-        let mut lines = vec![[
+        // The rest says nothing of mappings and descriptors.
+        let columns = if scale == Scale::DirtyRate { 8 } else { 6 };
+        let cut = |line: Vec<String>| line.into_iter().take(columns).collect::<Vec<_>>();
+        let mut lines = vec![cut([
             scale.name(),
             "moved by",
             "moves",
@@ -218,11 +221,11 @@ pub fn text(rows: &[ScaleRow]) -> String {
             "followed",
         ]
         .map(str::to_owned)
-        .to_vec()];
+        .to_vec())];
         for row in rows.iter().filter(|row| row.scale == scale) {
             let asked = row.asked.map_or("all it can".into(), |n| n.to_string());
             let megabytes = |bytes: f64| format!("{:.0} MB", bytes / 1e6);
-            lines.push(vec![
+            lines.push(cut(vec![
                 format!("{} {asked}", row.hosts),
                 row.means.clone(),
                 row.moves.to_string(),
@@ -232,7 +235,7 @@ pub fn text(rows: &[ScaleRow]) -> String {
                 row.written
                     .map_or("?".into(), |rate| format!("{}/s", megabytes(rate))),
                 megabytes(row.left_behind),
-            ]);
+            ]));
         }
         if lines.len() > 1 {
             text += &table(&lines);
