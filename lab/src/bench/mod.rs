@@ -6,6 +6,7 @@ pub mod moves;
 pub mod peer;
 pub mod plot;
 pub mod rows;
+pub mod scale;
 pub mod summary;
 
 pub use crate::harness::CannotHere;

@@ -39,6 +39,9 @@ pub struct Told {
     /// Bytes of memory and files sent in all rounds, and how long these took.
     pub copied: u64,
     pub copying: Duration,
+    /// Bytes per second that it wrote during the first round, if there was
+    /// another.
+    pub dirty_rate: Option<u64>,
 }
 
 impl Told {
@@ -222,9 +225,13 @@ impl Drop for Mover {
 
 fn told(said: &str) -> Result<Told> {
     let (mut summary, mut copied, mut copying) = (None, 0, Duration::ZERO);
+    let mut dirty_rate = None;
     for line in said.lines() {
         match serde_json::from_str::<Event>(line) {
-            Ok(Event::RoundEnded(round)) => copied += round.bytes,
+            Ok(Event::RoundEnded(round)) => {
+                copied += round.bytes;
+                dirty_rate = dirty_rate.or(round.dirty_rate);
+            }
             Ok(Event::Ended {
                 phase: Phase::Copy,
                 elapsed,
@@ -238,6 +245,7 @@ fn told(said: &str) -> Result<Told> {
         summary: summary.with_context(|| format!("no summary in: {said}"))?,
         copied,
         copying,
+        dirty_rate,
     })
 }
 

@@ -2,7 +2,7 @@
 
 use super::rows::PeerRow;
 use crate::host::Make;
-use anyhow::{anyhow, Result};
+use anyhow::{anyhow, Context, Result};
 use plotters::prelude::*;
 
 const SIZE: (u32, u32) = (760, 430);
@@ -43,8 +43,13 @@ pub fn all(rows: &[PeerRow]) -> Result<Vec<(String, String)>> {
                 continue;
             }
             for (name, what, figure) in FIGURES {
-                let svg = curves(&of, &title(make, mode), what, figure)
-                    .map_err(|e| anyhow!("draw {name}: {e}"))?;
+                let svg = draw(&Curves {
+                    title: &title(make, mode),
+                    x: "resident memory, MB",
+                    y: what,
+                    lines: lines(&of, figure),
+                })
+                .with_context(|| format!("draw {name}"))?;
                 pictures.push((format!("peer-{make}-{mode}-{name}.svg"), svg));
             }
         }
@@ -69,33 +74,62 @@ fn decade(value: f64, next: fn(f64) -> f64) -> f64 {
     10f64.powf(next(value.log10()))
 }
 
-type Drawn<T> = std::result::Result<T, Box<dyn std::error::Error>>;
-
-fn curves(
-    rows: &[&PeerRow],
-    title: &str,
-    what: &str,
-    figure: fn(&PeerRow) -> f64,
-) -> Drawn<String> {
-    let mut means = Vec::<&str>::new();
+/// One for each of the means.
+fn lines(rows: &[&PeerRow], figure: fn(&PeerRow) -> f64) -> Vec<Line> {
+    let mut lines = Vec::<Line>::new();
     for row in rows {
-        if !means.contains(&row.means.as_str()) {
-            means.push(&row.means);
+        let point = (f64::from(row.resident_mb), figure(row));
+        match lines.iter_mut().find(|(means, _)| *means == row.means) {
+            Some((_, points)) => points.push(point),
+            None => lines.push((row.means.clone(), vec![point])),
         }
     }
+    for (_, points) in &mut lines {
+        points.sort_by(|a, b| a.0.total_cmp(&b.0));
+    }
+    lines
+}
+
+/// What it is of, and its points from left to right.
+pub type Line = (String, Vec<(f64, f64)>);
+
+/// A picture of lines; both its scales are logarithmic.
+pub struct Curves<'a> {
+    pub title: &'a str,
+    /// What the scales are of.
+    pub x: &'a str,
+    pub y: &'a str,
+    /// pmig's own, whose names begin with its own, are the bold ones.
+    pub lines: Vec<Line>,
+}
+
+/// Draws it, as an SVG.
+///
+/// # Errors
+/// Those of drawing.
+pub fn draw(curves: &Curves<'_>) -> Result<String> {
+    drawn(curves).map_err(|e| anyhow!("{}: {e}", curves.title))
+}
+
+type Drawn<T> = std::result::Result<T, Box<dyn std::error::Error>>;
+
+fn drawn(curves: &Curves<'_>) -> Drawn<String> {
+    /// Nothing is shown as less than that.
+    const LEAST: f64 = 0.1;
+    let points = || curves.lines.iter().flat_map(|(_, points)| points);
     let bounds = |values: &mut dyn Iterator<Item = f64>| {
         let all: Vec<f64> = values.collect();
         let least = all.iter().copied().fold(f64::INFINITY, f64::min);
         (least, all.iter().copied().fold(0.0, f64::max))
     };
-    let (small, large) = bounds(&mut rows.iter().map(|row| f64::from(row.resident_mb)));
-    let (low, high) = bounds(&mut rows.iter().map(|row| figure(row).max(0.1)));
+    let (small, large) = bounds(&mut points().map(|point| point.0.max(LEAST)));
+    let (low, high) = bounds(&mut points().map(|point| point.1.max(LEAST)));
     let mut svg = String::new();
     {
         let root = SVGBackend::with_string(&mut svg, SIZE).into_drawing_area();
         root.fill(&WHITE)?;
         let mut chart = ChartBuilder::on(&root)
-            .caption(title, ("sans-serif", 18))
+            .caption(curves.title, ("sans-serif", 18))
             .margin(12)
             .x_label_area_size(42)
             .y_label_area_size(64)
@@ -105,28 +139,26 @@ fn curves(
             )?;
         chart
             .configure_mesh()
-            .x_desc("resident memory, MB")
-            .y_desc(what)
-            .x_label_formatter(&|mb| format!("{mb:.0}"))
+            .x_desc(curves.x)
+            .y_desc(curves.y)
+            .x_label_formatter(&|x| format!("{x:.0}"))
             .y_label_formatter(&|ms| match *ms < 1.0 {
                 true => format!("{ms:.1}"),
                 false => format!("{ms:.0}"),
             })
             .light_line_style(RGBColor(240, 240, 240))
             .draw()?;
-        for (n, by) in means.iter().enumerate() {
+        for (n, (name, points)) in curves.lines.iter().enumerate() {
             let colour = COLOURS[n % COLOURS.len()];
-            let mut points: Vec<(f64, f64)> = rows
+            let points: Vec<(f64, f64)> = points
                 .iter()
-                .filter(|row| row.means == *by)
-                .map(|row| (f64::from(row.resident_mb), figure(row).max(0.1)))
+                .map(|(x, y)| (x.max(LEAST), y.max(LEAST)))
                 .collect();
-            points.sort_by(|a, b| a.0.total_cmp(&b.0));
-            let width = if *by == "pmig" { 3 } else { 2 };
+            let width = if name.starts_with("pmig") { 3 } else { 2 };
             let dots = points.clone();
             chart
                 .draw_series(LineSeries::new(points, colour.stroke_width(width)))?
-                .label(*by)
+                .label(name)
                 .legend(move |(x, y)| {
                     PathElement::new([(x, y), (x + 22, y)], colour.stroke_width(width))
                 });

@@ -5,6 +5,7 @@ use super::link::Link;
 use super::median;
 use super::moves::{Moved, Told};
 use super::peer::Means;
+use super::scale::ScaleRow;
 use crate::host::Make;
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
@@ -21,6 +22,8 @@ pub struct Results {
     pub trackings: Vec<TrackingRow>,
     #[serde(default)]
     pub peers: Vec<PeerRow>,
+    #[serde(default)]
+    pub scales: Vec<ScaleRow>,
     /// CRIU's version on each make of hosts.
     #[serde(default)]
     pub versions: Vec<(Make, String)>,
@@ -213,7 +216,8 @@ impl Results {
     }
 }
 
-fn ms(time: Duration) -> f64 {
+/// In milliseconds.
+pub(super) fn ms(time: Duration) -> f64 {
     (time.as_secs_f64() * 1e6).round() / 1e3
 }
 

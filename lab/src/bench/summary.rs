@@ -1,7 +1,7 @@
 //! The benches' results as a person reads them, and where they are kept.
 
-use super::plot;
 use super::rows::{FreezeRow, Missing, PeerRow, Results, ThroughputRow, TrackingRow};
+use super::{plot, scale};
 use crate::build;
 use anyhow::{Context, Result};
 use serde::Serialize;
@@ -11,7 +11,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 /// The benches, in the order of the summary.
-const BENCHES: [&str; 4] = ["freeze_time", "throughput", "tracking", "peer"];
+const BENCHES: [&str; 5] = ["freeze_time", "scale", "throughput", "tracking", "peer"];
 
 fn directory() -> Result<PathBuf> {
     let lab = build::directory()?;
@@ -57,7 +57,11 @@ fn keep(bench: &str, results: &Results) -> Result<()> {
         .iter()
         .filter_map(known)
         .collect::<Vec<(String, Results)>>();
-    for (name, picture) in plot::all(&results.peers)? {
+    let pictures = plot::all(&results.peers)?;
+    for (name, picture) in pictures
+        .into_iter()
+        .chain(scale::pictures(&results.scales)?)
+    {
         put(&name, &picture)?;
     }
     let text = text(&all);
@@ -103,6 +107,7 @@ fn text(all: &[(String, Results)]) -> String {
             let _ = writeln!(text, "CRIU {version} on {hosts}.\n");
         }
         text += &peers(&results.peers);
+        text += &scale::text(&results.scales);
         text += &missing("Skipped, since this machine cannot", &results.skipped);
         text += &missing("Failed", &results.failed);
     }
@@ -314,7 +319,7 @@ fn rate(value: f64) -> String {
 }
 
 /// A table in Markdown whose columns are in line as plain text too.
-fn table(lines: &[Vec<String>]) -> String {
+pub(super) fn table(lines: &[Vec<String>]) -> String {
     let columns = lines.iter().map(Vec::len).max().unwrap_or(0);
     let width = |column: usize| {
         let cells = lines.iter().filter_map(|line| line.get(column));

@@ -1,6 +1,8 @@
 //! Writes a line each millisecond and dirties ten pages a tick: `mode=hot`
-//! walks round 64 pages, `mode=roaming` through all of its memory.
+//! walks round 64 pages, `mode=roaming` through all of its memory. Beside that
+//! it can have many mappings and descriptors, which it looks after in turn.
 
+use lab::victim::crowd::Crowd;
 use lab::victim::{hurry, run, Args, Mix};
 use std::io::Write;
 use std::path::PathBuf;
@@ -14,7 +16,17 @@ const HOT: u64 = 64;
 
 fn main() -> ExitCode {
     run(|| {
-        let args = Args::new(&["ticks", "resident_mb", "mode", "tick_us", "seed"])?;
+        let args = Args::new(&[
+            "ticks",
+            "resident_mb",
+            "mode",
+            "tick_us",
+            "seed",
+            "per_tick",
+            "mappings",
+            "mapping_kb",
+            "descriptors",
+        ])?;
         let ticks = args.number("ticks", 5000)?;
         let tick = Duration::from_micros(args.number("tick_us", 1000)?);
         let resident = args.number("resident_mb", 1)?.clamp(1, 1 << 16);
@@ -24,6 +36,12 @@ fn main() -> ExitCode {
             "roaming" => pages,
             other => return Err(format!("mode={other}: neither hot nor roaming")),
         };
+        let per_tick = args.number("per_tick", PER_TICK)?;
+        let mut crowd = Crowd::new(
+            args.number("mappings", 0)?,
+            args.number("mapping_kb", 4)? / 4,
+            args.number("descriptors", 0)?,
+        )?;
         let mut mix = Mix(args.number("seed", 1)?);
         let mut memory = vec![0u64; pages as usize * PAGE / 8];
         for value in &mut memory {
@@ -39,7 +57,7 @@ fn main() -> ExitCode {
             if number % 512 == 511 && hurry.exists() {
                 break;
             }
-            for _ in 0..PER_TICK {
+            for _ in 0..per_tick {
                 memory[(dirtied % round) as usize * PAGE / 8] = dirtied;
                 dirtied += 1;
             }
@@ -53,8 +71,10 @@ fn main() -> ExitCode {
             );
             out.write_all(line.as_bytes())
                 .map_err(|e| format!("write: {e}"))?;
+            crowd.tick(number)?;
             thread::sleep(tick);
         }
+        crowd.check()?;
         check(&memory, round, dirtied)?;
         if sum(&memory) != fresh {
             return Err("a word that nobody wrote has changed".into());

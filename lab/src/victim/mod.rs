@@ -4,6 +4,7 @@
 //! `PASS` and a checksum of everything it computed, or with `FAIL` and why.
 
 pub mod area;
+pub mod crowd;
 pub mod pipe;
 pub mod random;
 pub mod raw;

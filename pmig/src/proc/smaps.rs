@@ -4,6 +4,8 @@
 //! The `procfs` crate reads the same file into a map of strings for each
 //! mapping; this is read while a program stands still.
 
+use std::ops::Range;
+
 use crate::error::{Error, Result};
 
 /// A mapping as the kernel tells it.
@@ -35,18 +37,49 @@ impl Mapping {
     pub fn has(&self, flag: &[u8; 2]) -> bool {
         self.flags.contains(flag)
     }
+}
 
-    /// Whether both have the same line in /proc/PID/maps.
-    pub fn same_line(&self, other: &Mapping) -> bool {
-        let line = |m: &Mapping| {
-            let prot = (m.read, m.write, m.exec, m.shared);
-            (m.start, m.end, prot, m.offset, m.dev, m.inode)
-        };
-        line(self) == line(other) && self.name == other.name
+/// The lines of /proc/PID/maps, one for each mapping: /proc/PID/smaps has them
+/// among its own, letter by letter (fs/proc/task_mmu.c, `show_map_vma`).
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Lines(Vec<u8>);
+
+impl Lines {
+    /// Those of a process as they are now.
+    ///
+    /// # Errors
+    /// As [`super::read`].
+    pub fn of(pid: i32) -> Result<Lines> {
+        super::mappings(pid, "maps").map(Lines)
+    }
+
+    /// Those that stand in the text of either file.
+    fn in_text(text: &[u8]) -> Lines {
+        let lines = text.split_inclusive(|b| *b == b'\n');
+        let mut all = Vec::with_capacity(text.len() / 8);
+        for line in lines.filter(|l| is_mapping(l)) {
+            all.extend_from_slice(line);
+        }
+        Lines(all)
+    }
+
+    /// The last mapping of that name; what only the kernel maps lies last.
+    pub fn find(&self, name: &[u8]) -> Option<Range<u64>> {
+        let mut lines = self.0.rsplit(|b| *b == b'\n');
+        lines.find_map(|line| {
+            let mapping = line.ends_with(name).then(|| header(line))??;
+            (mapping.name == name).then_some(mapping.start..mapping.end)
+        })
     }
 }
 
-/// Lists the mappings of a process by its file of that name, `maps` or `smaps`.
+/// Whether a line begins a mapping. Fields begin with a capital letter, mappings
+/// with a hex digit in lower case.
+fn is_mapping(line: &[u8]) -> bool {
+    line.first().is_some_and(|b| !b.is_ascii_uppercase())
+}
+
+/// Lists the mappings of a process, and tells their lines.
 ///
 /// The kernel hands the list out in pieces. Between two of them a program that
 /// runs may join mappings, which are then listed twice: it is listed again
@@ -54,16 +87,17 @@ impl Mapping {
 ///
 /// # Errors
 /// As [`super::read`], or a list that no kernel makes.
-pub fn list(pid: i32, name: &str) -> Result<Vec<Mapping>> {
+pub fn list(pid: i32) -> Result<(Vec<Mapping>, Lines)> {
     const TRIES: usize = 100;
     for _ in 0..TRIES {
-        let all = parse(&super::mappings(pid, name)?)?;
+        let text = super::mappings(pid, "smaps")?;
+        let all = parse(&text)?;
         if apart(&all) {
-            return Ok(all);
+            return Ok((all, Lines::in_text(&text)));
         }
     }
     Err(Error::bad(
-        format!("/proc/{pid}/{name}"),
+        format!("/proc/{pid}/smaps"),
         "the program changes its mappings faster than they can be listed",
     ))
 }
@@ -73,7 +107,7 @@ fn apart(all: &[Mapping]) -> bool {
     all.windows(2).all(|two| two[0].end <= two[1].start)
 }
 
-/// Parses the whole file, or /proc/PID/maps, which tells less.
+/// Parses the whole file.
 pub fn parse(text: &[u8]) -> Result<Vec<Mapping>> {
     let mut all: Vec<Mapping> = Vec::new();
     for line in text.split(|b| *b == b'\n').filter(|l| !l.is_empty()) {
@@ -83,9 +117,7 @@ pub fn parse(text: &[u8]) -> Result<Vec<Mapping>> {
                 format!("cannot make sense of {:?}", String::from_utf8_lossy(line)),
             )
         };
-        // Fields begin with a capital letter, mappings with a hex digit in
-        // lower case.
-        if !line[0].is_ascii_uppercase() {
+        if is_mapping(line) {
             all.push(header(line).ok_or_else(bad)?);
             continue;
         }
@@ -188,6 +220,24 @@ mod tests {
         };
         assert!(apart(&list(&["1000-3000", "3000-4000", "6000-7000"])));
         assert!(!apart(&list(&["1000-3000", "1000-4000", "6000-7000"])));
+    }
+
+    #[test]
+    fn the_lines_are_those_of_maps() {
+        let mut child = std::process::Command::new("sleep")
+            .arg("9")
+            .spawn()
+            .unwrap();
+        let pid = child.id() as i32;
+        // Until it has become what it is to be.
+        std::thread::sleep(std::time::Duration::from_millis(200));
+        let (all, lines) = list(pid).unwrap();
+        assert_eq!(lines, Lines::of(pid).unwrap());
+        let stack = all.iter().find(|m| m.name == b"[stack]").unwrap();
+        assert_eq!(lines.find(b"[stack]"), Some(stack.start..stack.end));
+        assert_eq!(lines.find(b"stack]"), None);
+        child.kill().unwrap();
+        child.wait().unwrap();
     }
 
     #[test]

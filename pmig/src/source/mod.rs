@@ -10,6 +10,7 @@ mod files;
 mod last;
 mod later;
 mod notes;
+mod preflight;
 mod rehearse;
 mod send;
 mod times;
@@ -40,8 +41,8 @@ use crate::report::{Event, Facts, Failure, Freeze, Outcome, Progress, Summary};
 use crate::resolve::{self, Now};
 use crate::state::bounds::Bounds;
 use crate::state::clock::{self, Clock, Difference, Reading};
-use crate::state::fd::{self, Beat, FdTable, Watch as FdWatch};
-use crate::state::memory::{self, Kernel, Layout, Tracker, Tracking, TrackingChoice, PAGE};
+use crate::state::fd::{Beat, FdTable, Watch as FdWatch};
+use crate::state::memory::{self, Kernel, Tracker, Tracking, TrackingChoice, PAGE};
 use crate::state::paths::FilePath;
 use crate::state::pcb::{self, Backend, CaptureContext, MachineFacts, PcbChoice};
 use crate::state::restart::{ProgramClock, Watch as RestartWatch};
@@ -50,6 +51,8 @@ use crate::tracee::{Ground, Stopped};
 use crate::transport::Addr;
 use files::SourceFiles;
 pub use notes::notes;
+pub use preflight::preflight;
+use preflight::First;
 use undo::{abandon, never};
 
 /// How long the target may take to answer while nothing stands still.
@@ -128,23 +131,6 @@ pub fn ask(pid: i32, addr: &Addr, options: &Options) -> Result<Vec<Obstacle>> {
     }
 }
 
-/// Everything that can be said without a target.
-pub fn preflight(pid: i32) -> Result<Vec<Obstacle>> {
-    let mut all = pcb::preflight(pid)?;
-    if nix::unistd::getpgid(Some(nix::unistd::Pid::from_raw(pid))).is_err() {
-        return Err(Error::Gone(pid));
-    }
-    for room in [memory::preflight, fd::preflight, hold::preflight] {
-        match room(pid) {
-            Ok(obstacles) => all.extend(obstacles),
-            // What has other obstacles may not let itself be looked at.
-            Err(e) if all.is_empty() => return Err(e),
-            Err(_) => {}
-        }
-    }
-    Ok(all)
-}
-
 struct Run<'a> {
     pid: i32,
     addr: &'a Addr,
@@ -215,18 +201,16 @@ impl<'a> Run<'a> {
         } else {
             Some(Claim::take(pid)?)
         };
-        let obstacles = preflight(pid)?;
-        if !obstacles.is_empty() {
-            return Err(Error::Refused(obstacles));
-        }
+        let First {
+            descriptors,
+            table,
+            layout,
+        } = First::look(pid)?;
         let backend = Backend::choose(options.pcb)?;
         let tracking = match options.mode {
             Mode::Stop => vec![Tracking::None],
             _ => options.tracking.candidates()?,
         };
-        let mut descriptors = FdWatch::new(pid)?;
-        let table = descriptors.look(Beat::Running)?;
-        let layout = Layout::capture(pid, &[])?;
         let exe = std::fs::read_link(format!("/proc/{pid}/exe"))
             .context("read the executable of", pid)?;
         let exe = FilePath::new(exe.into_os_string().into_encoded_bytes())?;
@@ -444,6 +428,7 @@ impl<'a> Run<'a> {
             true => None,
             false => Some(self.last_look(b, &stopped)?),
         };
+        stopped.stack_lies_at(b.tracker.stack());
         self.part("scan");
         let mut descriptors = self.descriptors.look(Beat::Stopped)?;
         self.descriptors.ask(&mut descriptors, &mut stopped)?;

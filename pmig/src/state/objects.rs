@@ -1,7 +1,8 @@
 //! What rooms share: open file descriptions and who holds them, and the one
 //! way by which files are opened at the target.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::cmp::Ordering;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ffi::OsStr;
 use std::io;
 
@@ -25,54 +26,89 @@ pub struct OpenFile {
     pub writable: bool,
 }
 
-/// Sorts descriptors into groups that share one open file description; each
-/// group and the list of groups keep the order given.
+/// Descriptors by the open file descriptions that they share.
+pub(crate) struct Shared {
+    /// Each group, and the list of them, in the order given.
+    pub groups: Vec<Vec<i32>>,
+    /// All of them, those of one key in the kernel's order.
+    pub order: Vec<i32>,
+}
+
+/// Sorts descriptors into groups that share one open file description.
 ///
 /// `key` tells descriptions apart without asking the kernel, `compare` asks it.
 /// The order it gives need not be consistent: a running process changes under
-/// our hands. Takes n log n comparisons at most.
-pub(crate) fn share<K: Ord>(
+/// our hands. Takes n (1 + log n) comparisons at most, and no more than n where
+/// `rank` tells the order that was found before, and it still is the same.
+pub(crate) fn share<K: Ord, R: Ord>(
     fds: &[i32],
     key: impl Fn(usize) -> K,
+    rank: impl Fn(i32) -> R,
     mut compare: impl FnMut(i32, i32) -> io::Result<Order>,
-) -> io::Result<Vec<Vec<i32>>> {
+) -> io::Result<Shared> {
     let mut alike: BTreeMap<K, Vec<usize>> = BTreeMap::new();
     for n in 0..fds.len() {
         alike.entry(key(n)).or_default().push(n);
     }
+    let mut compare = |a: usize, b: usize| match compare(fds[a], fds[b])? {
+        Order::Same => Ok(Ordering::Equal),
+        Order::Less => Ok(Ordering::Less),
+        Order::Greater => Ok(Ordering::Greater),
+        Order::Different => Err(io::Error::other("the kernel does not order descriptions")),
+    };
     let mut groups: Vec<Vec<usize>> = Vec::new();
-    for bucket in alike.into_values() {
-        // Groups of this bucket in the kernel's order, found by halving.
-        let mut sorted: Vec<Vec<usize>> = Vec::new();
+    for mut bucket in alike.into_values() {
+        bucket.sort_by_cached_key(|n| rank(fds[*n]));
+        // What is in order already, merged two by two.
+        let mut runs: VecDeque<Vec<Vec<usize>>> = VecDeque::new();
         for n in bucket {
-            let (mut low, mut high) = (0, sorted.len());
-            let mut home = None;
-            while low < high {
-                let mid = (low + high) / 2;
-                match compare(fds[n], fds[sorted[mid][0]])? {
-                    Order::Same => {
-                        home = Some(mid);
-                        break;
-                    }
-                    Order::Less => high = mid,
-                    Order::Greater => low = mid + 1,
-                    Order::Different => {
-                        return Err(io::Error::other("the kernel does not order descriptions"))
-                    }
-                }
-            }
-            match home {
-                Some(at) => sorted[at].push(n),
-                None => sorted.insert(low, vec![n]),
+            let Some(run) = runs.back_mut() else {
+                runs.push_back(vec![vec![n]]);
+                continue;
+            };
+            let last = run.len() - 1;
+            match compare(run[last][0], n)? {
+                Ordering::Equal => run[last].push(n),
+                Ordering::Less => run.push(vec![n]),
+                Ordering::Greater => runs.push_back(vec![vec![n]]),
             }
         }
-        groups.extend(sorted);
+        while runs.len() > 1 {
+            let [a, b] = [(); 2].map(|()| runs.pop_front().unwrap_or_default());
+            runs.push_back(merge(a, b, &mut compare)?);
+        }
+        groups.extend(runs.into_iter().flatten());
     }
-    groups.sort_by_key(|g| g[0]);
-    Ok(groups
+    let order = groups.iter().flatten().map(|n| fds[*n]).collect();
+    groups.iter_mut().for_each(|g| g.sort_unstable());
+    groups.sort_unstable_by_key(|g| g[0]);
+    let groups = groups
         .into_iter()
         .map(|g| g.into_iter().map(|n| fds[n]).collect())
-        .collect())
+        .collect();
+    Ok(Shared { groups, order })
+}
+
+/// Groups in order, of two such lists.
+fn merge(
+    a: Vec<Vec<usize>>,
+    b: Vec<Vec<usize>>,
+    compare: &mut impl FnMut(usize, usize) -> io::Result<Ordering>,
+) -> io::Result<Vec<Vec<usize>>> {
+    let mut all = Vec::with_capacity(a.len() + b.len());
+    let (mut a, mut b) = (a.into_iter().peekable(), b.into_iter().peekable());
+    while let (Some(x), Some(y)) = (a.peek(), b.peek()) {
+        match compare(x[0], y[0])? {
+            Ordering::Less => all.extend(a.next()),
+            Ordering::Greater => all.extend(b.next()),
+            Ordering::Equal => {
+                let both = a.next().into_iter().chain(b.next());
+                all.push(both.flatten().collect());
+            }
+        }
+    }
+    all.extend(a.chain(b));
+    Ok(all)
 }
 
 /// Other processes that have one of these pipes open: a process for each such
@@ -259,11 +295,18 @@ mod tests {
 
     /// Descriptions by number, as kcmp would order them.
     fn grouped(descriptions: &[u32]) -> (Vec<Vec<i32>>, usize) {
+        let (shared, asked) = grouped_again(descriptions, &[]);
+        (shared.groups, asked)
+    }
+
+    /// The same, where that order was found before.
+    fn grouped_again(descriptions: &[u32], order: &[i32]) -> (Shared, usize) {
         let fds: Vec<i32> = (0..descriptions.len() as i32).collect();
         let mut asked = 0;
-        let groups = share(
+        let shared = share(
             &fds,
             |_| (),
+            |fd| order.iter().position(|known| *known == fd),
             |a, b| {
                 asked += 1;
                 Ok(
@@ -276,7 +319,7 @@ mod tests {
             },
         )
         .unwrap();
-        (groups, asked)
+        (shared, asked)
     }
 
     #[test]
@@ -290,8 +333,23 @@ mod tests {
         let many: Vec<u32> = (0..4096u32).map(|n| n.wrapping_mul(2654435761)).collect();
         let (groups, asked) = grouped(&many);
         assert_eq!(groups.len(), 4096);
-        assert!(asked < 4096 * 13, "{asked}");
+        assert!(asked < 4096 * 14, "{asked}");
         assert!(grouped(&[5; 4096]).1 < 4096);
+    }
+
+    #[test]
+    fn a_known_order_is_only_looked_through() {
+        let mut some: Vec<u32> = (0..500u32).map(|n| n.wrapping_mul(2654435761)).collect();
+        some.extend_from_within(..100);
+        let (first, _) = grouped_again(&some, &[]);
+        let (again, asked) = grouped_again(&some, &first.order);
+        assert_eq!((first.groups, &first.order), (again.groups, &again.order));
+        assert_eq!(asked, some.len() - 1);
+        // One that has changed is found nevertheless.
+        some[7] = some[300];
+        let (changed, _) = grouped_again(&some, &first.order);
+        assert_eq!(changed.groups, grouped(&some).0);
+        assert!(changed.groups.contains(&vec![7, 300]));
     }
 
     #[test]
@@ -300,6 +358,7 @@ mod tests {
         let mut n = 0;
         let groups = share(
             &fds,
+            |_| (),
             |_| (),
             |_, _| {
                 n += 1;
@@ -310,7 +369,7 @@ mod tests {
                 })
             },
         );
-        assert_eq!(groups.unwrap().len(), 200);
+        assert_eq!(groups.unwrap().groups.len(), 200);
     }
 
     #[test]

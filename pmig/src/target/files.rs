@@ -44,7 +44,7 @@ impl TargetFiles {
     /// are to be sent and were not asked for before.
     pub fn compare(&mut self, set: &FileSet) -> Result<Vec<u32>> {
         let leftovers = Some((&self.ledger, self.lineage.as_str()));
-        let known: Vec<FilePath> = self.known.iter().cloned().collect();
+        let known = &self.known;
         let mut fresh = set.clone();
         let places: Vec<u32> = (0u32..)
             .zip(&set.files)

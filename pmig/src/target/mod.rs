@@ -5,6 +5,7 @@
 //! recorded every way out ends the husk; after it the husk is the program, and
 //! whoever comes later repeats the thaw.
 
+mod content;
 mod files;
 mod holder;
 mod later;
@@ -398,41 +399,6 @@ impl Building {
         husk.adopt(layout, &self.mapped)
     }
 
-    fn pages(&mut self, runs: &[(u64, u32)], wire: &mut Wire) -> Result<()> {
-        let all: u64 = runs.iter().map(|(_, len)| *len as u64).sum();
-        if all > MAX_RAW as u64 {
-            return Err(Error::bad(
-                "pages from peer",
-                format!("{all} bytes are too many"),
-            ));
-        }
-        let raw = &mut self.buf[..all as usize];
-        wire.recv_raw(raw)?;
-        let husk = self.husk.as_ref().ok_or_else(no_husk)?;
-        let runs = runs.iter().map(|&(start, len)| {
-            let end = start.checked_add(len.into());
-            end.map(|end| start..end)
-                .ok_or_else(|| Error::bad("pages from peer", "they wrap around"))
-        });
-        let runs: Vec<Range<u64>> = runs.collect::<Result<_>>()?;
-        husk.write(&runs, raw)
-    }
-
-    fn discard(&mut self, runs: &[(u64, u64)]) -> Result<()> {
-        let runs: Vec<Range<u64>> = runs.iter().map(|(a, b)| *a..*b).collect();
-        self.husk()?.discard(&runs)
-    }
-
-    /// A piece of a shipped file.
-    fn block(&mut self, file: u32, offset: u64, len: u32, wire: &mut Wire) -> Result<()> {
-        let raw = self
-            .buf
-            .get_mut(..len as usize)
-            .ok_or_else(|| Error::bad("block from peer", format!("{len} bytes are too many")))?;
-        wire.recv_raw(raw)?;
-        self.files.write(file, offset, raw)
-    }
-
     /// Makes the husk the program, short of letting it run: from here on its
     /// cgroup holds it.
     fn restore(&mut self, last: Final, backend: &Backend, wire: &mut Wire) -> Result<Ready> {
@@ -490,37 +456,6 @@ impl Building {
         self.laps.add("held");
         part(&mut times.hold);
         Ok(times)
-    }
-
-    /// Takes in what was written last. `prepare` is called when nothing more is to be
-    /// done inside the husk.
-    fn rest(
-        &mut self,
-        wire: &mut Wire,
-        prepare: impl FnOnce(&mut Husk) -> Result<()>,
-    ) -> Result<()> {
-        let mut prepare = Some(prepare);
-        loop {
-            let message = wire.recv()?;
-            if !matches!(message, ToTarget::Drops(_) | ToTarget::Later(_)) {
-                if let Some(prepare) = prepare.take() {
-                    prepare(self.husk()?)?;
-                    self.laps.add("registers");
-                }
-            }
-            match message {
-                ToTarget::Drops(runs) if prepare.is_some() => self.discard(&runs)?,
-                ToTarget::Later(runs) if prepare.is_some() => self.later(&runs)?,
-                ToTarget::Pages(runs) => self.pages(&runs, wire)?,
-                ToTarget::Block { file, offset, len } => self.block(file, offset, len, wire)?,
-                ToTarget::Pictures(pictures) => {
-                    Picture::check(&pictures)?;
-                    self.pictures = pictures;
-                }
-                ToTarget::Complete(shipped) => return self.files.finish(&shipped),
-                other => return Err(out_of_turn(wire, &other)),
-            }
-        }
     }
 
     fn open_descriptors(&mut self, table: FdTable) -> Result<()> {

@@ -24,7 +24,7 @@ pub struct Ground {
 }
 
 /// One line of /proc/PID/maps, as far as it matters here.
-pub(super) struct Line {
+struct Line {
     pub start: u64,
     pub end: u64,
     pub exec: bool,
@@ -32,7 +32,7 @@ pub(super) struct Line {
 }
 
 /// Reads /proc/PID/maps (proc_pid_maps(5)).
-pub(super) fn lines(pid: i32) -> Result<Vec<Line>> {
+fn lines(pid: i32) -> Result<Vec<Line>> {
     let path = format!("/proc/{pid}/maps");
     let text = proc::mappings(pid, "maps")?;
     String::from_utf8_lossy(&text)

@@ -9,6 +9,7 @@ mod batch;
 mod ground;
 mod home;
 mod outside;
+mod scratch;
 mod stopped;
 
 pub use batch::{Arg, Batch, Call, Done, Slot};

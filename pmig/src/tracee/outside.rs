@@ -2,11 +2,12 @@
 //! anything in it.
 
 use std::fs::{File, OpenOptions};
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
-use super::ground::lines;
 use crate::error::{Context, Error, Result};
 use crate::proc;
+use crate::proc::smaps::Lines;
 use crate::sys::ptrace::Regs;
 
 const PAGE: u64 = 4096;
@@ -83,12 +84,14 @@ pub(super) fn quiet_signal(pid: i32) -> Result<Option<i32>> {
 }
 
 /// `len` bytes of stack that the program never used: pages at the low end that
-/// were never touched, or new ones below.
-pub(super) fn unused_stack(pid: i32, sp: u64, len: u64) -> Result<u64> {
-    let stack = lines(pid)?
-        .into_iter()
-        .find(|l| l.name == "[stack]")
-        .ok_or_else(|| Error::bad(format!("process {pid}"), "it has no stack of its own"))?;
+/// were never touched, or new ones below. `stack`: where it lies, if that is known.
+pub(super) fn unused_stack(pid: i32, sp: u64, len: u64, stack: Option<Range<u64>>) -> Result<u64> {
+    let found = match stack {
+        None => Lines::of(pid)?.find(b"[stack]"),
+        known => known,
+    };
+    let stack =
+        found.ok_or_else(|| Error::bad(format!("process {pid}"), "it has no stack of its own"))?;
     let path = format!("/proc/{pid}/pagemap");
     let pagemap = File::open(&path).context("open", &path)?;
     let mut entries = vec![0; (len / PAGE * 8) as usize];

@@ -2,21 +2,23 @@
 
 use std::fs::File;
 use std::marker::PhantomData;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
 use super::batch::Head;
-use super::ground::{lines, Ground};
+use super::ground::Ground;
 use super::home::{frame, frame_len};
 use super::outside::{is_fault, open_mem, quiet_signal, undo_eintr, unused_stack};
 use super::{Batch, Done, RemoteAddr};
 use crate::error::{Context, Error, Result};
+use crate::proc::smaps::Lines;
 use crate::sys::ptrace::{self, Change, Regs, RseqConfig};
 use crate::sys::runner;
 
 /// How long a process may take to stop, or to execute a batch.
 const PATIENCE: Duration = Duration::from_secs(10);
-const PAGE: u64 = 4096;
+pub(super) const PAGE: u64 = 4096;
 
 /// In the arguments of [`Stopped::prime`]: the address of its data.
 pub const DATA: u64 = 0xda7a_da7a_da7a_da7a;
@@ -33,9 +35,9 @@ pub enum Primed {
 
 /// Memory of the process that holds the runner (first page) and its table.
 #[derive(Debug, Clone, Copy)]
-struct Scratch {
-    at: u64,
-    len: u64,
+pub(super) struct Scratch {
+    pub at: u64,
+    pub len: u64,
 }
 
 impl Scratch {
@@ -68,10 +70,12 @@ pub struct Stopped {
     masked: bool,
     /// Whether a system call may be taken up again from the present stop.
     at_syscall: bool,
-    scratch: Option<Scratch>,
+    pub(super) scratch: Option<Scratch>,
     /// `None` for a husk, which nobody else lives in.
     home: Option<Home>,
     ground: Option<Ground>,
+    /// Where its stack lies, where that is known already.
+    stack: Option<Range<u64>>,
     /// A system call instruction, where one was looked for ahead of time.
     way_out: Option<u64>,
     live: bool,
@@ -112,6 +116,7 @@ impl Stopped {
             scratch: None,
             home: None,
             ground: None,
+            stack: None,
             way_out: None,
             live: true,
             end: None,
@@ -146,6 +151,7 @@ impl Stopped {
             scratch: Some(Scratch { at: scratch.0, len }),
             home: None,
             ground: None,
+            stack: None,
             way_out: None,
             live: false,
             end: Some(libc::SIGURG),
@@ -159,6 +165,12 @@ impl Stopped {
     pub fn on(mut self, ground: Ground) -> Stopped {
         self.ground = Some(ground);
         self
+    }
+
+    /// Spares the list of all mappings, when one was read in this stop: there its
+    /// stack lies.
+    pub fn stack_lies_at(&mut self, stack: Option<Range<u64>>) {
+        self.stack = stack;
     }
 
     pub fn pid(&self) -> i32 {
@@ -404,7 +416,7 @@ impl Stopped {
         };
         let xstate = self.xstate()?;
         let len = (frame_len(xstate.len()) as u64).next_multiple_of(PAGE);
-        let base = unused_stack(self.pid, self.regs.rsp, len)?;
+        let base = unused_stack(self.pid, self.regs.rsp, len, self.stack.take())?;
         let frame = frame(
             base,
             &ground.gadget,
@@ -424,49 +436,6 @@ impl Stopped {
         Ok(())
     }
 
-    /// Makes sure that a table of `len` bytes fits.
-    fn room_for(&mut self, len: usize) -> Result<()> {
-        let want = (PAGE + len as u64).next_multiple_of(PAGE);
-        if self.scratch.is_some_and(|s| s.len >= want) {
-            return Ok(());
-        }
-        self.relocate_scratch(0, want.max(4 * PAGE))
-    }
-
-    /// Moves our memory to `at` (0: anywhere), with room for `len` bytes.
-    pub(crate) fn relocate_scratch(&mut self, at: u64, len: u64) -> Result<()> {
-        let call = self.syscall_instruction()?;
-        let anon = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as u64;
-        let fixed = if at == 0 {
-            0
-        } else {
-            libc::MAP_FIXED_NOREPLACE as u64
-        };
-        let (read, write, exec) = (
-            libc::PROT_READ as u64,
-            libc::PROT_WRITE as u64,
-            libc::PROT_EXEC as u64,
-        );
-        let map = |prot| [at, len, prot, anon | fixed, u64::MAX, 0];
-        let new = match self.call_at(call, libc::SYS_mmap, map(read | write | exec)) {
-            Ok(new) => new,
-            // Executable first and writable after: the only order that a process
-            // under PR_SET_MDWE allows.
-            Err(Error::Os { cause, .. }) if is_forbidden(&cause) => {
-                let new = self.call_at(call, libc::SYS_mmap, map(read | exec))?;
-                let writable = [new + PAGE, len - PAGE, read | write, 0, 0, 0];
-                self.call_at(call, libc::SYS_mprotect, writable)?;
-                new
-            }
-            Err(e) => return Err(e),
-        };
-        if let Some(old) = self.scratch {
-            self.call_at(call, libc::SYS_munmap, [old.at, old.len, 0, 0, 0, 0])?;
-        }
-        self.scratch = Some(Scratch { at: new, len });
-        self.write(RemoteAddr(new), runner::code())
-    }
-
     /// Looks ahead of time for where the last call will be made from. The vdso
     /// must not move any more.
     ///
@@ -478,14 +447,13 @@ impl Stopped {
     }
 
     /// Where a single call can be made from.
-    fn syscall_instruction(&self) -> Result<u64> {
+    pub(super) fn syscall_instruction(&self) -> Result<u64> {
         let known = self.home.as_ref().map(|home| home.ground.syscall);
         if let Some(at) = known.or(self.way_out) {
             return Ok(at);
         }
-        let vdso = lines(self.pid)?
-            .into_iter()
-            .find(|l| l.name == "[vdso]")
+        let vdso = Lines::of(self.pid)?
+            .find(b"[vdso]")
             .ok_or_else(|| Error::bad(format!("process {}", self.pid), "it has no vdso"))?;
         let mut code = vec![0; (vdso.end - vdso.start) as usize];
         self.read(RemoteAddr(vdso.start), &mut code)?;
@@ -497,7 +465,7 @@ impl Stopped {
 
     /// Makes one call with the instruction at `at`; an error of the call is an
     /// error.
-    fn call_at(&mut self, at: u64, number: i64, args: [u64; 6]) -> Result<u64> {
+    pub(super) fn call_at(&mut self, at: u64, number: i64, args: [u64; 6]) -> Result<u64> {
         let mut regs = self.borrowed();
         regs.rip = at;
         regs.rax = number as u64;
@@ -665,11 +633,6 @@ impl Stopped {
             }
         }
     }
-}
-
-/// Memory that can be written and executed is not to be had.
-fn is_forbidden(cause: &std::io::Error) -> bool {
-    matches!(cause.raw_os_error(), Some(libc::EACCES | libc::EPERM))
 }
 
 impl Drop for Stopped {

@@ -32,7 +32,7 @@ pub use pipe::{Pipe, PipeEnd};
 pub use regular::Regular;
 pub use terminal::{Terminal, TerminalEnd};
 pub use typed::{Input, Passage, Taken};
-pub use watch::{give_back, preflight, Beat, Watch};
+pub use watch::{give_back, Beat, Watch};
 
 use crate::error::{Context, Error, Obstacle, Result};
 use crate::state::objects::OpenFile;

@@ -4,6 +4,7 @@
 //! The content is duplicated by tee(2), so the process still finds it where it
 //! was if the migration ends here.
 
+use std::fmt::Display;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
@@ -81,9 +82,41 @@ pub(super) fn is_widowed(end: &OwnedFd) -> nix::Result<bool> {
     Ok(fds[0].revents().is_some_and(|r| r.intersects(gone)))
 }
 
+/// A pipe of pmig's own, which is empty: what others hold is duplicated into it.
+#[derive(Default)]
+pub(super) struct Passage(Option<Own>);
+
+struct Own {
+    capacity: i32,
+    out: OwnedFd,
+    into: OwnedFd,
+}
+
+impl Passage {
+    /// Takes one out that has room for so many bytes.
+    fn of_size(&mut self, capacity: i32) -> Result<Own> {
+        if let Some(own) = self.0.take().filter(|own| own.capacity == capacity) {
+            return Ok(own);
+        }
+        let (out, into) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK).context("make", "a pipe")?;
+        fcntl(&into, FcntlArg::F_SETPIPE_SZ(capacity))
+            .context("make room in", format_args!("a pipe for {capacity} bytes"))?;
+        Ok(Own {
+            capacity,
+            out,
+            into,
+        })
+    }
+}
+
 /// Looks into a pipe through a copy of any of its ends. The process must not
 /// run meanwhile.
-pub(super) fn capture(end: &OwnedFd, flags: i32, object: &str) -> Result<Pipe> {
+pub(super) fn capture(
+    end: &OwnedFd,
+    flags: i32,
+    passage: &mut Passage,
+    object: impl Display + Copy,
+) -> Result<Pipe> {
     let capacity =
         fcntl(end.as_fd(), FcntlArg::F_GETPIPE_SZ).context("ask for the size of", object)?;
     let mut pipe = Pipe {
@@ -111,20 +144,20 @@ pub(super) fn capture(end: &OwnedFd, flags: i32, object: &str) -> Result<Pipe> {
     } else {
         end
     };
-    let (out, into) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK).context("make", "a pipe")?;
-    fcntl(&into, FcntlArg::F_SETPIPE_SZ(capacity))
-        .context("make room for the content of", object)?;
-    let copied = tee(from, &into, waiting, SpliceFFlags::SPLICE_F_NONBLOCK)
+    let own = passage.of_size(capacity)?;
+    let copied = tee(from, &own.into, waiting, SpliceFFlags::SPLICE_F_NONBLOCK)
         .context("duplicate the content of", object)?;
     if copied != waiting {
         return Err(refuse("its content could not be duplicated whole"));
     }
     pipe.content = vec![0; waiting];
-    let got = read(&out, &mut pipe.content).context("read the content of", object)?;
+    let got = read(&own.out, &mut pipe.content).context("read the content of", object)?;
     if got != waiting {
         // A read ends early only at the end of a packet: pipe(2), O_DIRECT.
         return Err(refuse("holds packets, whose bounds would be lost"));
     }
+    // Only now is it known to be empty.
+    passage.0 = Some(own);
     Ok(pipe)
 }
 

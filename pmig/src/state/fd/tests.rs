@@ -18,6 +18,15 @@ use crate::state::objects::Opener;
 use crate::state::paths::Pinned;
 use crate::tracee::{Batch, Stopped};
 
+/// What stands in the way of moving a process as far as its descriptors go.
+fn preflight(pid: i32) -> Result<Vec<Obstacle>> {
+    match Watch::new(pid)?.look(Beat::Running) {
+        Ok(_) => Ok(Vec::new()),
+        Err(Error::Refused(obstacles)) => Ok(obstacles),
+        Err(e) => Err(e),
+    }
+}
+
 /// A child of this test program that has opened what its scene tells, and
 /// waits.
 struct Actor {

@@ -2,6 +2,7 @@
 //! again when it stands still.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::os::fd::{AsFd, OwnedFd};
 
 use nix::fcntl::{fcntl, FcntlArg};
@@ -38,6 +39,8 @@ pub struct Watch {
     proc: ProcDir,
     pidfd: OwnedFd,
     seen: BTreeMap<i32, (Glance, Nature)>,
+    /// Which place each has in the order of descriptions that was found last.
+    ranks: BTreeMap<i32, usize>,
     /// Pipes nobody else had open.
     private: BTreeSet<u64>,
     /// Descriptors of which only the process can say whether they are closed by
@@ -47,16 +50,20 @@ pub struct Watch {
     alone: bool,
 }
 
-/// What stands in the way of moving a process as far as its descriptors go,
-/// looked at from outside while it runs.
-///
-/// # Errors
-/// Where it cannot be looked at, [`Error::Gone`] where it is not there.
-pub fn preflight(pid: i32) -> Result<Vec<Obstacle>> {
-    match Watch::new(pid)?.look(Beat::Running) {
-        Ok(_) => Ok(Vec::new()),
-        Err(Error::Refused(obstacles)) => Ok(obstacles),
-        Err(e) => Err(e),
+/// A descriptor by its number and what it leads to; written only where it is
+/// wanted.
+#[derive(Clone, Copy)]
+struct Name<'a> {
+    watch: &'a Watch,
+    fd: i32,
+}
+
+impl fmt::Display for Name<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.watch.seen.get(&self.fd) {
+            Some((glance, _)) => f.write_str(&object(self.fd, &glance.link)),
+            None => write!(f, "fd {}", self.fd),
+        }
     }
 }
 
@@ -89,6 +96,7 @@ impl Watch {
             proc,
             pidfd,
             seen: BTreeMap::new(),
+            ranks: BTreeMap::new(),
             private: BTreeSet::new(),
             ambiguous: BTreeSet::new(),
             alone: false,
@@ -188,11 +196,8 @@ impl Watch {
         }
     }
 
-    fn name(&self, fd: i32) -> String {
-        match self.seen.get(&fd) {
-            Some((glance, _)) => object(fd, &glance.link),
-            None => format!("fd {fd}"),
-        }
+    fn name(&self, fd: i32) -> Name<'_> {
+        Name { watch: self, fd }
     }
 
     /// Looks once more, just before the process is stopped, whether a pipe of
@@ -216,8 +221,10 @@ impl Watch {
         let mut seen = BTreeMap::new();
         // Looked up where there is a terminal.
         let mut control = None;
+        let mut closed = false;
         for fd in numbers {
             let Some((glance, nature)) = self.settled(fd, obstacles)? else {
+                closed = true;
                 continue;
             };
             if terminal::may_be(nature.rdev) && control.is_none() {
@@ -245,6 +252,10 @@ impl Watch {
                 Err(obstacle) => obstacles.push(obstacle),
             }
             seen.insert(fd, (glance, nature));
+        }
+        // Of one that has ended all of them are.
+        if closed && !still_there(&self.proc).context("look at", self.pid)? {
+            return Err(Error::Gone(self.pid));
         }
         self.seen = seen;
         Ok(found)
@@ -319,13 +330,15 @@ impl Watch {
         Ok(order.len())
     }
 
-    fn groups(&self, found: &[Found]) -> Result<Vec<Vec<i32>>> {
+    fn groups(&mut self, found: &[Found]) -> Result<Vec<Vec<i32>>> {
         let fds: Vec<i32> = found.iter().map(|f| f.fd).collect();
         let key = |n: usize| {
             let g = &found[n].glance;
             (g.ino, g.mount, g.flags & !libc::O_CLOEXEC)
         };
-        share(&fds, key, |a, b| match kcmp_file(self.pid, a, b) {
+        // New ones come last.
+        let rank = |fd| self.ranks.get(&fd).copied().unwrap_or(usize::MAX);
+        let shared = share(&fds, key, rank, |a, b| match kcmp_file(self.pid, a, b) {
             // Closed meanwhile: whatever is said of it is corrected at the
             // freeze.
             Err(e) if e.raw_os_error() == Some(libc::EBADF) => Ok(crate::sys::fds::Order::Less),
@@ -334,7 +347,9 @@ impl Watch {
         .context(
             "compare the descriptors of",
             format!("process {}", self.pid),
-        )
+        )?;
+        self.ranks = shared.order.into_iter().zip(0..).collect();
+        Ok(shared.groups)
     }
 
     /// What can be asked only of a copy of the descriptor.
@@ -342,6 +357,7 @@ impl Watch {
         let mut ambiguous = BTreeSet::new();
         let mut obstacles = Vec::new();
         let mut done = vec![false; table.pipes.len()];
+        let mut passage = pipe::Passage::default();
         let mut looked = vec![false; table.terminals.len()];
         let typed = self.alone && readable_control(table).is_some();
         let control = match table.terminals.is_empty() {
@@ -353,24 +369,30 @@ impl Watch {
             first[h.description as usize] = h.fd;
         }
         for (n, (d, &fd)) in table.descriptions.iter().zip(&first).enumerate() {
-            let name = || self.name(fd);
-            let copy = pidfd::get(self.pidfd.as_fd(), fd).context("copy", name())?;
-            if tells_by_signal(copy.as_fd()).context("look at", name())? {
+            let name = self.name(fd);
+            let copy = pidfd::get(self.pidfd.as_fd(), fd).context("copy", name)?;
+            if tells_by_signal(copy.as_fd()).context("look at", name)? {
                 obstacles.push(Obstacle::new(
-                    name(),
+                    name,
                     "is set to send a signal (F_SETOWN, F_SETSIG or F_NOTIFY)",
                     "let the program turn that off first",
                 ));
             }
             if let Kind::Terminal(end) = &d.kind {
-                let flags = fcntl(&copy, FcntlArg::F_GETFL).context("read the flags of", name())?;
+                let flags = fcntl(&copy, FcntlArg::F_GETFL).context("read the flags of", name)?;
                 if flags & libc::O_CLOEXEC != 0 {
                     let its = table.holders.iter().filter(|h| h.description as usize == n);
                     ambiguous.extend(its.map(|h| h.fd));
                 }
                 let n = end.terminal as usize;
                 if !std::mem::replace(&mut looked[n], true) {
-                    match terminal::look(&copy, &mut table.terminals[n], control, typed, &name()) {
+                    match terminal::look(
+                        &copy,
+                        &mut table.terminals[n],
+                        control,
+                        typed,
+                        &name.to_string(),
+                    ) {
                         Ok(()) => {}
                         Err(Error::Refused(o)) => obstacles.extend(o),
                         Err(e) => return Err(e),
@@ -380,7 +402,7 @@ impl Watch {
             if let Kind::Pipe(end) = &d.kind {
                 let n = end.pipe as usize;
                 if !std::mem::replace(&mut done[n], true) {
-                    match pipe::capture(&copy, d.flags, &name()) {
+                    match pipe::capture(&copy, d.flags, &mut passage, name) {
                         Ok(pipe) => table.pipes[n] = pipe,
                         Err(Error::Refused(o)) => obstacles.extend(o),
                         Err(e) => return Err(e),

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 
 use nix::sys::statvfs::fstatvfs;
 
+use super::leftovers::Left;
 use super::{boot_id, FileRef, FileSet, Ledger, Stamp};
 use crate::error::{Context, Error, Obstacle, Result};
 use crate::state::objects::Opener;
@@ -37,8 +38,9 @@ pub fn compare(
     let same_kernel = set.boot == boot_id()?;
     let mut plans = Vec::with_capacity(set.files.len());
     let mut obstacles = Vec::new();
+    let mut left = Left::by(leftovers);
     for file in &set.files {
-        match plan(file, opener, ship, same_kernel, leftovers) {
+        match plan(file, opener, ship, same_kernel, &mut left) {
             Ok((plan, found)) => {
                 if let (Plan::Use, Some(found)) = (&plan, found) {
                     let path = file.path.clone();
@@ -76,7 +78,7 @@ fn plan(
     opener: &Opener,
     ship: bool,
     same_kernel: bool,
-    leftovers: Option<(&Ledger, &str)>,
+    left: &mut Left<'_>,
 ) -> Result<(Plan, Option<Stamp>)> {
     opener.allow(&file.path)?;
     let Some(there) = find(file)? else {
@@ -118,10 +120,7 @@ fn plan(
             Some(how) => format!("the target has another file there ({how})"),
         }
     };
-    let ours = match leftovers {
-        Some((ledger, lineage)) => ledger.is_leftover(lineage, &file.path, &stamp)?,
-        None => false,
-    };
+    let ours = left.has(&file.path, &stamp)?;
     match (ours, ship) {
         (true, true) => Ok((
             Plan::Ship {

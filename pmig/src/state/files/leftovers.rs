@@ -1,6 +1,7 @@
 //! What was left behind when a program moved away: files that it may find
 //! again, and replace, when it comes back, as long as nobody changed them.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
@@ -23,6 +24,40 @@ const MAX_RECORD: u64 = 64 << 20;
 pub struct Leftover {
     pub path: FilePath,
     pub stamp: Stamp,
+}
+
+/// What one program left here, read once it is asked for.
+pub(super) struct Left<'a> {
+    /// Whose.
+    of: Option<(&'a Ledger, &'a str)>,
+    known: Option<BTreeMap<FilePath, Vec<Stamp>>>,
+}
+
+impl<'a> Left<'a> {
+    /// What the program of that lineage left; none is told of no program.
+    pub fn by(of: Option<(&'a Ledger, &'a str)>) -> Left<'a> {
+        Left { of, known: None }
+    }
+
+    /// Whether a file that stands here is one the program left, exactly as it
+    /// left it.
+    ///
+    /// # Errors
+    /// As [`Ledger::read`].
+    pub fn has(&mut self, path: &FilePath, now: &Stamp) -> Result<bool> {
+        let Some((ledger, lineage)) = self.of else {
+            return Ok(false);
+        };
+        if self.known.is_none() {
+            let mut known: BTreeMap<FilePath, Vec<Stamp>> = BTreeMap::new();
+            for left in ledger.read(lineage)? {
+                known.entry(left.path).or_default().push(left.stamp);
+            }
+            self.known = Some(known);
+        }
+        let left = self.known.as_ref().and_then(|known| known.get(path));
+        Ok(left.is_some_and(|stamps| stamps.contains(now)))
+    }
 }
 
 /// A directory of records, one for each program that moved away.
@@ -79,20 +114,10 @@ impl Ledger {
         self.forget_oldest()
     }
 
-    /// Whether a file that stands here is one the program left, exactly as it
-    /// left it.
-    ///
-    /// # Errors
-    /// Where the record is there but cannot be read.
-    pub fn is_leftover(&self, lineage: &str, path: &FilePath, now: &Stamp) -> Result<bool> {
-        let left = self.read(lineage)?;
-        Ok(left.iter().any(|l| l.path == *path && l.stamp == *now))
-    }
-
     /// What a program left here.
     ///
     /// # Errors
-    /// As [`Ledger::is_leftover`].
+    /// Where the record is there but cannot be read.
     pub fn read(&self, lineage: &str) -> Result<Vec<Leftover>> {
         let record = self.record_of(lineage)?;
         let file = match File::open(&record) {

@@ -1,5 +1,6 @@
 //! What an address space is made of, and how one becomes another.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::PathBuf;
 
@@ -161,7 +162,7 @@ impl Layout {
     ///
     /// [`Error::Refused`] with every mapping that cannot be carried.
     pub fn capture(pid: i32, known: &[MappedFile]) -> Result<Layout> {
-        Layout::from_mappings(&smaps::list(pid, "smaps")?, known, |_| false)
+        Layout::from_mappings(&smaps::list(pid)?.0, known, |_| false)
     }
 
     /// `follows`: of which mappings it is known what was done to them since they
@@ -176,11 +177,15 @@ impl Layout {
             files: known.to_vec(),
         };
         let mut obstacles = Vec::new();
+        let mut places = Places::default();
+        for (n, file) in known.iter().enumerate() {
+            places.entry((file.dev, file.inode)).or_default().push(n);
+        }
         for m in mappings {
             if m.name == b"[vsyscall]" {
                 continue;
             }
-            match claim(m, &mut layout.files) {
+            match claim(m, &mut layout.files, &mut places) {
                 Ok(mut vma) => {
                     vma.fresh = vma.is_private() && !follows(m);
                     layout.vmas.push(vma);
@@ -247,8 +252,11 @@ impl Layout {
     }
 }
 
+/// The places of files in a list, by device and inode number.
+type Places = BTreeMap<((u32, u32), u64), Vec<usize>>;
+
 /// Takes a mapping, or says why it cannot be carried.
-fn claim(m: &Mapping, files: &mut Vec<MappedFile>) -> Result<Vma, Obstacle> {
+fn claim(m: &Mapping, files: &mut Vec<MappedFile>, places: &mut Places) -> Result<Vma, Obstacle> {
     let name = String::from_utf8_lossy(&m.name).into_owned();
     let refuse = |why: &str, remedy: &str| {
         let shown = if name.is_empty() {
@@ -308,18 +316,18 @@ fn claim(m: &Mapping, files: &mut Vec<MappedFile>) -> Result<Vma, Obstacle> {
             }
             use std::os::unix::ffi::OsStringExt;
             let path = PathBuf::from(std::ffi::OsString::from_vec(m.name.clone()));
-            let at = files
-                .iter()
-                .position(|f| f.inode == m.inode && f.dev == m.dev && f.path == path)
-                .unwrap_or_else(|| {
-                    files.push(MappedFile {
-                        path,
-                        dev: m.dev,
-                        inode: m.inode,
-                        link: format!("{:x}-{:x}", m.start, m.end),
-                    });
-                    files.len() - 1
+            let places = places.entry((m.dev, m.inode)).or_default();
+            let known = places.iter().find(|n| files[**n].path == path).copied();
+            let at = known.unwrap_or_else(|| {
+                files.push(MappedFile {
+                    path,
+                    dev: m.dev,
+                    inode: m.inode,
+                    link: String::new(),
                 });
+                places.push(files.len() - 1);
+                files.len() - 1
+            });
             // The mapping that named the file may be gone by now.
             files[at].link = format!("{:x}-{:x}", m.start, m.end);
             Backing::File(at as u32)
@@ -580,31 +588,29 @@ pub fn resident(pid: i32) -> Result<u64> {
     Ok((kb("RssAnon:") + kb("VmSwap:")) * 1024)
 }
 
-/// What can be said of mappings without stopping the process.
-pub fn preflight(pid: i32) -> Result<Vec<Obstacle>> {
-    match Layout::capture(pid, &[]) {
-        Ok(layout) => {
-            let path = format!("/proc/{pid}/smaps");
-            let text = std::fs::read(&path).context("read", &path)?;
-            let watched = smaps::parse(&text)?.iter().any(|m| m.has(b"uw"));
-            Ok(match (watched, layout.vdso()) {
-                (true, _) => vec![Obstacle::new(
-                    "memory",
-                    "somebody watches it by a userfaultfd (perhaps another migration)",
-                    "wait for that to end",
-                )],
-                // A thread of the kernel has no mappings either.
-                (_, None) if !layout.vmas.is_empty() => vec![Obstacle::new(
-                    "memory",
-                    "the program has no vdso, through which pmig acts inside it",
-                    "boot without vdso=0",
-                )],
-                _ => Vec::new(),
-            })
-        }
-        Err(Error::Refused(obstacles)) => Ok(obstacles),
-        Err(e) => Err(e),
-    }
+/// Lists the address space of a process that is to move.
+///
+/// # Errors
+///
+/// [`Error::Refused`] with all that stands in its way, as far as can be said
+/// without stopping it.
+pub fn first_look(pid: i32) -> Result<Layout> {
+    let (mappings, _) = smaps::list(pid)?;
+    let layout = Layout::from_mappings(&mappings, &[], |_| false)?;
+    let watched = mappings.iter().any(|m| m.has(b"uw"));
+    let (why, remedy) = match (watched, layout.vdso()) {
+        (true, _) => (
+            "somebody watches it by a userfaultfd (perhaps another migration)",
+            "wait for that to end",
+        ),
+        // A thread of the kernel has no mappings either.
+        (_, None) if !layout.vmas.is_empty() => (
+            "the program has no vdso, through which pmig acts inside it",
+            "boot without vdso=0",
+        ),
+        _ => return Ok(layout),
+    };
+    Err(Error::Refused(vec![Obstacle::new("memory", why, remedy)]))
 }
 
 #[cfg(test)]

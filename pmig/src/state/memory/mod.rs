@@ -9,7 +9,7 @@ mod track;
 mod writes;
 
 pub use layout::{
-    apply, file_of, preflight, resident, steps, Backing, Kernel, Layout, MappedFile, Step, Vma,
+    apply, file_of, first_look, resident, steps, Backing, Kernel, Layout, MappedFile, Step, Vma,
     BOTTOM, PAGE, TOP,
 };
 pub use missing::{page_of, Missing};

@@ -98,6 +98,40 @@ pub(super) fn without(r: Range<u64>, parts: &[Range<u64>]) -> Vec<Range<u64>> {
     rest
 }
 
+/// Bytes between two runs up to which it is quicker to look at both, and at what
+/// lies between them, in one call.
+const NEAR: u64 = 64 * super::PAGE;
+
+/// Runs in order, those that are near each other together.
+pub(super) fn neighbours(runs: &[Range<u64>]) -> impl Iterator<Item = &[Range<u64>]> {
+    runs.chunk_by(|a, b| b.start - a.end <= NEAR)
+}
+
+/// From the first of some runs to the end of the last.
+pub(super) fn span(runs: &[Range<u64>]) -> Range<u64> {
+    runs.first().map_or(0, |r| r.start)..runs.last().map_or(0, |r| r.end)
+}
+
+/// What is in `a` and not in `b`, both in order.
+pub(super) fn minus(a: &[Range<u64>], b: &[Range<u64>]) -> Vec<Range<u64>> {
+    let mut rest = Vec::new();
+    let mut n = 0;
+    for r in a {
+        let mut at = r.start;
+        while let Some(taken) = b.get(n).filter(|taken| taken.start < r.end) {
+            push(&mut rest, at..taken.start.max(at));
+            at = at.max(taken.end);
+            if taken.end > r.end {
+                // It may reach into the next one.
+                break;
+            }
+            n += 1;
+        }
+        push(&mut rest, at..r.end.max(at));
+    }
+    rest
+}
+
 /// Both, in order.
 pub(super) fn union(a: Vec<Range<u64>>, b: Vec<Range<u64>>) -> Vec<Range<u64>> {
     if b.is_empty() {
@@ -111,6 +145,32 @@ pub(super) fn union(a: Vec<Range<u64>>, b: Vec<Range<u64>>) -> Vec<Range<u64>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_taken_away_is_away_and_nothing_else() {
+        let mut seed = 3u64;
+        let mut runs = || {
+            let mut all = Vec::new();
+            for at in 0..60 {
+                seed = seed.wrapping_mul(6364136223846793005).wrapping_add(1);
+                if seed >> 40 & 1 == 1 {
+                    push(&mut all, at..at + 1);
+                }
+            }
+            all
+        };
+        let within = |runs: &[Range<u64>], at: u64| runs.iter().any(|r| r.contains(&at));
+        for _ in 0..2000 {
+            let (a, b) = (runs(), runs());
+            let rest = minus(&a, &b);
+            for at in 0..60 {
+                let left = within(&a, at) && !within(&b, at);
+                assert_eq!(within(&rest, at), left, "{a:?} {b:?} {rest:?}");
+            }
+            assert!(rest.windows(2).all(|two| two[0].end < two[1].start));
+        }
+        assert_eq!(minus(&[0..9, 20..30], &[5..25, 28..40]), [0..5, 25..28]);
+    }
 
     #[test]
     fn a_set_of_ranges_is_the_set_of_its_addresses() {

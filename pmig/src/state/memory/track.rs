@@ -4,34 +4,38 @@
 //! means ([`writes`](super::writes)). Absence is state as well: a page that was
 //! sent and is gone now is told as a drop.
 
-use std::collections::BTreeSet;
 use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
 use super::layout::{steps, Backing, Layout, Step, Vma, PAGE};
-use super::ranges::{push, without, Ranges};
+use super::ranges::{neighbours, push, span, without, Ranges};
 use super::writes::{begin, Nothing, Part, Then, Tracking, Writes};
 use crate::error::{Context, Error, Obstacle, Result};
-use crate::proc::smaps::{self, Mapping};
+use crate::proc::smaps::{self, Lines, Mapping};
 use crate::sys::across;
 use crate::sys::pagemap::{category, scan, Query};
 use crate::tracee::Stopped;
 
 /// Mappings up to this size, and those that are full for the most part, are
 /// looked at whole, which is quicker; of larger and sparser ones only what is
-/// there, lest the page tables of their holes be built.
-const DENSE: u64 = 64 << 20;
+/// there. Where holes are looked at their page tables are built, and they count as
+/// content that has to be read to be seen to be nothing: in a reservation of which
+/// the program uses a piece here and there that would be most of a round.
+const SMALL: u64 = 64 * PAGE;
 
-/// Bytes between two runs up to which it is quicker to look at both, and at what
-/// lies between them, in one call.
-const NEAR: u64 = 64 * PAGE;
+/// Holes up to this size lie within what is looked through at once.
+const SKIPPED: u64 = 64 << 20;
 
-/// Bytes whose page tables are walked within a millisecond or so.
+/// Bytes whose page tables are walked within a millisecond or so, to list an
+/// address space with its flags.
 const QUICKLY_WALKED: u64 = 8 << 20;
 
 /// Mappings up to this number can be asked one by one whether they are followed.
 const MOST_ASKED: usize = 1024;
+
+/// A mapping's part of such a list takes as long as to walk so many bytes.
+const AS_LONG: u64 = 16 * PAGE;
 
 /// What a look at the memory found.
 #[derive(Debug, Default)]
@@ -67,12 +71,15 @@ pub struct Tracker {
     distrusted: bool,
     /// What follows when the program runs at the target.
     later: Ranges,
-    /// The lines of the last list.
+    /// The last list, and the lines of maps that belong to it.
     seen: Vec<Mapping>,
+    lines: Lines,
     /// Nothing but pages has changed since, nor will.
     stands: bool,
-    /// The mappings of the last list that are followed, by address.
-    watched: BTreeSet<u64>,
+    /// Which mappings of the layout are dense, one for each of them.
+    dense: Vec<bool>,
+    /// Whether all mappings of the last list are followed that can be.
+    all_watched: bool,
 }
 
 impl Tracker {
@@ -110,7 +117,9 @@ impl Tracker {
             later: Ranges::default(),
             seen: Vec::new(),
             stands: false,
-            watched: BTreeSet::new(),
+            lines: Lines::default(),
+            dense: Vec::new(),
+            all_watched: false,
         })
     }
 
@@ -140,15 +149,14 @@ impl Tracker {
         if !self.tracks() {
             return Ok(found);
         }
-        self.watched.clear();
-        let vmas = self.layout.vmas.clone();
-        for vma in vmas.iter().filter(|v| v.is_private()) {
+        self.all_watched = true;
+        for (vma, dense) in self.private() {
             // A mapping that vanished meanwhile is fresh at the next look.
             if vma.fresh && !self.writes.follow(vma.range()) {
+                self.all_watched = false;
                 continue;
             }
-            self.watched.insert(vma.start);
-            self.scan(vma, &renewed, Then::Clean, &mut found)?;
+            self.scan(&vma, dense, &renewed, Then::Clean, &mut found)?;
         }
         self.settle_owed(&mut found);
         Ok(found)
@@ -170,9 +178,8 @@ impl Tracker {
             Some(found) => found,
             None => {
                 let (mut found, renewed) = self.list()?;
-                let vmas = self.layout.vmas.clone();
-                for vma in vmas.iter().filter(|v| v.is_private()) {
-                    self.scan(vma, &renewed, Then::Leave, &mut found)?;
+                for (vma, dense) in self.private() {
+                    self.scan(&vma, dense, &renewed, Then::Leave, &mut found)?;
                 }
                 found
             }
@@ -209,27 +216,36 @@ impl Tracker {
     }
 
     fn is_large(&self) -> bool {
-        self.seen.iter().map(|m| m.resident).sum::<u64>() > QUICKLY_WALKED
+        let walked: u64 = self.seen.iter().map(|m| m.resident + AS_LONG).sum();
+        walked > QUICKLY_WALKED
     }
 
     /// Whether no mapping has come, gone or changed since the last look, as far
     /// as its line tells.
     fn is_unchanged(&self) -> Result<bool> {
         self.same_space()?;
-        let now = smaps::list(self.pid, "maps")?;
-        let same =
-            now.len() == self.seen.len() && now.iter().zip(&self.seen).all(|(a, b)| a.same_line(b));
-        let mut private = self.layout.vmas.iter().filter(|v| v.is_private());
-        Ok(same && private.all(|v| self.watched.contains(&v.start)))
+        Ok(self.all_watched && Lines::of(self.pid)? == self.lines)
+    }
+
+    /// Where the stack of a process that stands still lies, as of the last look.
+    pub fn stack(&self) -> Option<Range<u64>> {
+        self.lines.find(b"[stack]")
+    }
+
+    /// The mappings whose pages can be the process's own, and which are dense.
+    fn private(&self) -> Vec<(Vma, bool)> {
+        let all = self.layout.vmas.iter().zip(&self.dense);
+        all.filter(|(vma, _)| vma.is_private())
+            .map(|(vma, dense)| (vma.clone(), *dense))
+            .collect()
     }
 
     /// Looks where all mappings have the lines that they had. `None` where one
     /// was unmapped and mapped again at the same place, and it is watched no
     /// longer.
     fn look_at_the_same(&mut self) -> Result<Option<Found>> {
-        let sparse = |v: &&Vma| v.is_private() && !self.is_dense(v);
-        let sparse = self.layout.vmas.iter().filter(sparse).map(Vma::range);
-        let sparse: Vec<Range<u64>> = sparse.collect();
+        let sparse = self.private().into_iter().filter(|(_, dense)| !dense);
+        let sparse: Vec<Range<u64>> = sparse.map(|(vma, _)| vma.range()).collect();
         let stretches = self.stretches().into_iter().map(|r| (r, true));
         let mut changed = Vec::new();
         for (range, dense) in stretches.chain(sparse.into_iter().map(|r| (r, false))) {
@@ -280,11 +296,11 @@ impl Tracker {
     fn stretches(&self) -> Vec<Range<u64>> {
         let mut all: Vec<Range<u64>> = Vec::new();
         let mut goes_on = false;
-        for vma in &self.layout.vmas {
-            let dense = vma.is_private() && self.is_dense(vma);
+        for (vma, dense) in self.layout.vmas.iter().zip(&self.dense) {
+            let dense = vma.is_private() && *dense;
             let hole = |r: &Range<u64>| vma.start - r.end;
             let joins =
-                |r: &Range<u64>| hole(r) == 0 || (self.writes.skips_holes() && hole(r) <= DENSE);
+                |r: &Range<u64>| hole(r) == 0 || (self.writes.skips_holes() && hole(r) <= SKIPPED);
             match all.last_mut() {
                 Some(last) if dense && goes_on && joins(last) => last.end = vma.end,
                 _ if dense => all.push(vma.range()),
@@ -299,7 +315,7 @@ impl Tracker {
     /// counts any more.
     fn list(&mut self) -> Result<(Found, Ranges)> {
         self.same_space()?;
-        self.seen = smaps::list(self.pid, "smaps")?;
+        (self.seen, self.lines) = smaps::list(self.pid)?;
         let follows = |m: &Mapping| self.writes.follows(m);
         let layout = Layout::from_mappings(&self.seen, &self.layout.files, follows)?;
         let steps = steps(&self.layout.vmas, &layout.vmas);
@@ -318,6 +334,7 @@ impl Tracker {
                 _ => {}
             }
         }
+        self.dense = density(&layout.vmas, &self.seen);
         self.layout = layout;
         let found = Found {
             steps,
@@ -347,9 +364,15 @@ impl Tracker {
         }
     }
 
-    fn scan(&mut self, vma: &Vma, renewed: &Ranges, then: Then, found: &mut Found) -> Result<()> {
+    fn scan(
+        &mut self,
+        vma: &Vma,
+        dense: bool,
+        renewed: &Ranges,
+        then: Then,
+        found: &mut Found,
+    ) -> Result<()> {
         let anew = renewed.within(vma.range());
-        let dense = self.is_dense(vma);
         // What was mapped anew is sent whatever it is.
         for part in &anew {
             let there = self.writes.present(part.clone(), then)?;
@@ -370,13 +393,6 @@ impl Tracker {
         Ok(())
     }
 
-    fn is_dense(&self, vma: &Vma) -> bool {
-        let len = vma.end - vma.start;
-        let n = self.seen.partition_point(|m| m.start < vma.start);
-        let resident = self.seen.get(n).map_or(0, |m| m.resident);
-        len <= DENSE || resident >= len / 2
-    }
-
     /// Tells what the pages of runs, which are in order, are now.
     fn categorise(&mut self, runs: &[Range<u64>], found: &mut Found) -> Result<()> {
         use category::*;
@@ -385,9 +401,8 @@ impl Tracker {
             tell: FILE | PFNZERO,
             ..Query::default()
         };
-        let near = |a: &Range<u64>, b: &Range<u64>| b.start - a.end <= NEAR;
-        for some in runs.chunk_by(near) {
-            let whole = some[0].start..some[some.len() - 1].end;
+        for some in neighbours(runs) {
+            let whole = span(some);
             let mut there = Vec::new();
             scan(&self.pagemap, whole.start, whole.end, query, |r| {
                 there.push((r.start..r.end, r.categories));
@@ -570,6 +585,18 @@ impl Tracker {
     pub fn was_sent(&self, at: u64) -> bool {
         self.sent.contains(at)
     }
+}
+
+/// Which of these mappings are dense, by the list that they come from.
+fn density(vmas: &[Vma], list: &[Mapping]) -> Vec<bool> {
+    let mut rest = list.iter().peekable();
+    let mut of = |vma: &Vma| {
+        while rest.next_if(|m| m.start < vma.start).is_some() {}
+        let resident = rest.peek().map_or(0, |m| m.resident);
+        let len = vma.end - vma.start;
+        len <= SMALL || resident >= len / 2
+    };
+    vmas.iter().map(&mut of).collect()
 }
 
 #[cfg(test)]

@@ -11,7 +11,7 @@ use super::registered::Registered;
 use super::{runs, there, Part, Then, Tracking, Writes};
 use crate::error::{Error, Result};
 use crate::proc::smaps::Mapping;
-use crate::state::memory::ranges::{push, union, without};
+use crate::state::memory::ranges::{minus, neighbours, push, span, union};
 use crate::sys::pagemap::{category, Query};
 use crate::tracee::Stopped;
 
@@ -57,7 +57,7 @@ impl Writes for Protection {
         // What is absent counts as written, and protected it would look like something
         // that is there: swapped out.
         if part.dense && then == Then::Leave {
-            let written = self.0.written(&part.range, false)?;
+            let written = self.0.written(&part.range, 0, false)?;
             return Ok(written.unwrap_or_default());
         }
         let (pagemap, pid) = (&self.0.pagemap, self.0.pid);
@@ -69,14 +69,7 @@ impl Writes for Protection {
             ..Query::default()
         };
         let written = runs(pagemap, pid, part.range.clone(), query)?;
-        let mut gone = Vec::new();
-        for sent in part.sent.within(part.range) {
-            let is = there(pagemap, pid, sent.clone(), Then::Leave)?;
-            for hole in without(sent, &is) {
-                push(&mut gone, hole);
-            }
-        }
-        Ok(union(written, gone))
+        Ok(union(written, self.gone(&part)?))
     }
 
     fn still_follows(&self, at: u64) -> Result<bool> {
@@ -84,12 +77,30 @@ impl Writes for Protection {
     }
 
     fn changed_in_the_same(&mut self, part: Part<'_>) -> Result<Option<Vec<Range<u64>>>> {
-        if !part.dense {
-            return match self.0.still(&part)? {
-                true => self.changed(part, Then::Leave).map(Some),
-                false => Ok(None),
-            };
+        let there = match part.dense {
+            true => 0,
+            false => category::PRESENT | category::SWAPPED,
+        };
+        let Some(written) = self.0.written(&part.range, there, true)? else {
+            return Ok(None);
+        };
+        Ok(Some(match part.dense {
+            true => written,
+            false => union(written, self.gone(&part)?),
+        }))
+    }
+}
+
+impl Protection {
+    /// What was sent of a part, and is not there any more.
+    fn gone(&self, part: &Part<'_>) -> Result<Vec<Range<u64>>> {
+        let mut gone = Vec::new();
+        for some in neighbours(&part.sent.within(part.range.clone())) {
+            let is = there(&self.0.pagemap, self.0.pid, span(some), Then::Leave)?;
+            minus(some, &is)
+                .into_iter()
+                .for_each(|r| push(&mut gone, r));
         }
-        self.0.written(&part.range, true)
+        Ok(gone)
     }
 }

@@ -108,17 +108,23 @@ impl Registered {
         if !part.dense {
             return self.still_follows(part.range.start);
         }
-        Ok(self.written(&part.range, true)?.is_some())
+        Ok(self.written(&part.range, 0, true)?.is_some())
     }
 
-    /// What was written since it was protected, in order. With `check`, none where a
-    /// mapping is registered no longer. A large part is looked through by several
-    /// processors at once.
-    pub fn written(&self, r: &Range<u64>, check: bool) -> Result<Option<Vec<Range<u64>>>> {
+    /// What was written since it was protected, and is of one of the categories `any`,
+    /// if any are given, in order. With `check`, none where a mapping is registered no
+    /// longer. A large part is looked through by several processors at once.
+    pub fn written(
+        &self,
+        r: &Range<u64>,
+        any: u64,
+        check: bool,
+    ) -> Result<Option<Vec<Range<u64>>>> {
         // Only a question for this alone is quick (pagemap_scan_pmd_entry() in
         // fs/proc/task_mmu.c).
         let query = Query {
             all: category::WRITTEN,
+            any,
             tell: category::WRITTEN,
             followed: check,
             ..Query::default()
