@@ -8,16 +8,10 @@ use std::os::fd::{AsFd, OwnedFd};
 use super::{open_pagemap, runs, Part};
 use crate::error::{Context, Error, Result};
 use crate::proc::smaps::Mapping;
-use crate::state::memory::ranges::push;
 use crate::state::memory::PAGE;
 use crate::sys::pagemap::{category, Query};
 use crate::sys::{pidfd, uffd};
 use crate::tracee::{Batch, Stopped};
-
-/// Bytes whose page tables take longer to walk than a thread takes to start.
-const WORTH_A_THREAD: u64 = 256 << 20;
-/// Beyond these the walk is no quicker: it waits for the memory.
-const MOST_THREADS: usize = 8;
 
 /// A userfaultfd of a process, which asks for nothing by itself.
 pub(super) struct Registered {
@@ -113,7 +107,7 @@ impl Registered {
 
     /// What was written since it was protected, and is of one of the categories `any`,
     /// if any are given, in order. With `check`, none where a mapping is registered no
-    /// longer. A large part is looked through by several processors at once.
+    /// longer.
     pub fn written(
         &self,
         r: &Range<u64>,
@@ -129,64 +123,10 @@ impl Registered {
             followed: check,
             ..Query::default()
         };
-        let look = |r: &Range<u64>| match runs(&self.pagemap, self.pid, r.clone(), query) {
+        match runs(&self.pagemap, self.pid, r.clone(), query) {
             Ok(written) => Ok(Some(written)),
             Err(e) if check && e.errno() == Some(libc::EPERM) => Ok(None),
             Err(e) => Err(e),
-        };
-        let parts = split(r, processors());
-        let [first, others @ ..] = &parts[..] else {
-            return Ok(Some(Vec::new()));
-        };
-        let looks = std::thread::scope(|scope| {
-            let others: Vec<_> = others.iter().map(|r| scope.spawn(|| look(r))).collect();
-            let first = look(first);
-            let others = others.into_iter().map(|other| match other.join() {
-                Ok(look) => look,
-                Err(panic) => std::panic::resume_unwind(panic),
-            });
-            std::iter::once(first).chain(others).collect::<Vec<_>>()
-        });
-        let mut all = Vec::new();
-        for look in looks {
-            let Some(written) = look? else {
-                return Ok(None);
-            };
-            written.into_iter().for_each(|r| push(&mut all, r));
         }
-        Ok(Some(all))
-    }
-}
-
-fn processors() -> usize {
-    std::thread::available_parallelism().map_or(1, usize::from)
-}
-
-/// Divides a range into as many parts as are worth a thread, but no more than `most`.
-fn split(r: &Range<u64>, most: usize) -> Vec<Range<u64>> {
-    let parts = ((r.end - r.start) / WORTH_A_THREAD).clamp(1, most.clamp(1, MOST_THREADS) as u64);
-    let step = ((r.end - r.start) / parts).next_multiple_of(PAGE);
-    (r.start..r.end)
-        .step_by(step.max(PAGE) as usize)
-        .map(|at| at..r.end.min(at + step))
-        .collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_large_range_is_divided_without_gaps() {
-        let r = PAGE..PAGE + 5 * WORTH_A_THREAD + 3 * PAGE;
-        for most in [0, 1, 2, 3, 100] {
-            let parts = split(&r, most);
-            assert_eq!(parts.len(), most.clamp(1, 5), "{parts:x?}");
-            assert_eq!(parts[0].start, r.start);
-            assert_eq!(parts[parts.len() - 1].end, r.end);
-            assert!(parts.windows(2).all(|w| w[0].end == w[1].start));
-            assert!(parts.iter().all(|p| p.start % PAGE == 0));
-        }
-        assert_eq!(split(&(0..WORTH_A_THREAD), 8).len(), 1);
     }
 }
