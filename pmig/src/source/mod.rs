@@ -59,6 +59,8 @@ use undo::{abandon, never};
 const PATIENCE: Duration = Duration::from_secs(60);
 /// The same while the program stands still, before the commit.
 const FROZEN_PATIENCE: Duration = Duration::from_secs(8);
+/// Bytes that are sent within a few milliseconds.
+const LITTLE: u64 = 4 << 20;
 /// How long a target may take to clear up what it has built in vain.
 const PARTING: Duration = Duration::from_secs(1);
 /// How long the fate is asked for before a person has to.
@@ -457,6 +459,10 @@ impl<'a> Run<'a> {
         };
         self.part("scan");
 
+        if found.bytes() > LITTLE {
+            // It would stand in code of ours for long.
+            stopped.settle()?;
+        }
         // The wire carries them while the target restores the rest.
         let keeper = &mut b.keeper;
         self.send_pages(&mut b.tracker, &found, &mut |_, _| keeper.alive())?;

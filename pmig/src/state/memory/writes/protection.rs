@@ -58,7 +58,7 @@ impl Writes for Protection {
         // that is there: swapped out.
         if part.dense && then == Then::Leave {
             let written = self.0.written(&part.range, 0, false)?;
-            return Ok(written.unwrap_or_default());
+            return Ok(union(written.unwrap_or_default(), self.gone(&part)?));
         }
         let (pagemap, pid) = (&self.0.pagemap, self.0.pid);
         let query = Query {
@@ -84,15 +84,14 @@ impl Writes for Protection {
         let Some(written) = self.0.written(&part.range, there, true)? else {
             return Ok(None);
         };
-        Ok(Some(match part.dense {
-            true => written,
-            false => union(written, self.gone(&part)?),
-        }))
+        Ok(Some(union(written, self.gone(&part)?)))
     }
 }
 
 impl Protection {
-    /// What was sent of a part, and is not there any more.
+    /// What was sent of a part, and is not there any more. Where a whole page table is
+    /// gone the scan for what is written tells nothing (fs/proc/task_mmu.c,
+    /// `pagemap_scan_pte_hole`).
     fn gone(&self, part: &Part<'_>) -> Result<Vec<Range<u64>>> {
         let mut gone = Vec::new();
         for some in neighbours(&part.sent.within(part.range.clone())) {
