@@ -6,8 +6,11 @@
 //! sizes only; a word on the command line picks those whose names contain it.
 //! Without hardware virtualisation all of it takes about an hour.
 
+mod common;
+
 use anyhow::{Context, Result};
-use criterion::{Criterion, SamplingMode};
+use common::measuring;
+use criterion::SamplingMode;
 use lab::bench::moves::{Moved, Mover};
 use lab::bench::rows::{FreezeRow, Results};
 use lab::bench::{guarded, leave, short, summary, CannotHere, Stages, Went};
@@ -80,14 +83,7 @@ fn measure(mover: &mut Mover, times: u64, moved: &mut Vec<Moved>) -> Result<Dura
 }
 
 fn main() -> ExitCode {
-    let mut criterion = Criterion::default()
-        .sample_size(10)
-        // One move, which finds nothing prepared and is left out.
-        .warm_up_time(Duration::from_millis(1))
-        .measurement_time(Duration::from_secs(1))
-        .nresamples(2000)
-        .without_plots()
-        .configure_from_args();
+    let mut criterion = measuring(Duration::from_secs(1));
     let mut group = criterion.benchmark_group("freeze_time");
     group.sampling_mode(SamplingMode::Flat);
     let mut results = Results::new();

@@ -4,8 +4,11 @@
 //!
 //! What CRIU cannot do here is said with its own words.
 
+mod common;
+
 use anyhow::{Context, Result};
-use criterion::{Criterion, SamplingMode};
+use common::measuring;
+use criterion::SamplingMode;
 use lab::bench::moves::{Moved, Mover};
 use lab::bench::peer::{tick, Criu, Means};
 use lab::bench::rows::{PeerRow, Results};
@@ -87,14 +90,7 @@ fn measure(
 }
 
 fn main() -> ExitCode {
-    let mut criterion = Criterion::default()
-        .sample_size(10)
-        // One move, which finds nothing prepared and is left out.
-        .warm_up_time(Duration::from_millis(1))
-        .measurement_time(Duration::from_secs(1))
-        .nresamples(2000)
-        .without_plots()
-        .configure_from_args();
+    let mut criterion = measuring(Duration::from_secs(1));
     let mut group = criterion.benchmark_group("peer");
     group.sampling_mode(SamplingMode::Flat);
     let mut results = Results::new();

@@ -4,8 +4,11 @@
 //! The program looks after every mapping and descriptor in turn, and ends where one
 //! is not as it was left.
 
+mod common;
+
 use anyhow::{bail, Context, Result};
-use criterion::{Criterion, SamplingMode};
+use common::measuring;
+use criterion::SamplingMode;
 use lab::bench::moves::{Moved, Mover, Told};
 use lab::bench::peer::{tick, Criu, Means};
 use lab::bench::rows::Results;
@@ -205,14 +208,7 @@ fn but_first<T>(moves: &[T]) -> &[T] {
 }
 
 fn main() -> ExitCode {
-    let mut criterion = Criterion::default()
-        .sample_size(10)
-        // One move, which finds nothing prepared and is left out.
-        .warm_up_time(Duration::from_millis(1))
-        .measurement_time(Duration::from_millis(if short() { 1 } else { 1000 }))
-        .nresamples(2000)
-        .without_plots()
-        .configure_from_args();
+    let mut criterion = measuring(Duration::from_millis(if short() { 1 } else { 1000 }));
     let mut group = criterion.benchmark_group("scale");
     group.sampling_mode(SamplingMode::Flat);
     let mut results = Results::new();

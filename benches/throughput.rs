@@ -1,8 +1,11 @@
 //! How fast the memory of an idle program travels, beside iperf3 on the same
 //! link just before. Each sample is one move, there or back.
 
+mod common;
+
 use anyhow::{Context, Result};
-use criterion::{Criterion, SamplingMode, Throughput};
+use common::measuring;
+use criterion::{SamplingMode, Throughput};
 use lab::bench::link::iperf3;
 use lab::bench::moves::{Mover, Told};
 use lab::bench::rows::{Results, ThroughputRow};
@@ -77,14 +80,7 @@ fn measure(mover: &mut Mover, times: u64, moved: &mut Vec<Moved>) -> Result<Dura
 }
 
 fn main() -> ExitCode {
-    let mut criterion = Criterion::default()
-        .sample_size(10)
-        // One move, which finds nothing prepared and is left out.
-        .warm_up_time(Duration::from_millis(1))
-        .measurement_time(Duration::from_secs(1))
-        .nresamples(2000)
-        .without_plots()
-        .configure_from_args();
+    let mut criterion = measuring(Duration::from_secs(1));
     let mut group = criterion.benchmark_group("throughput");
     group.sampling_mode(SamplingMode::Flat);
     let mut results = Results::new();

@@ -2,8 +2,11 @@
 //! figure that is timed is a look after 4,096 pages were written; the table has
 //! the others. By it the order of `--dirty-tracking auto` was chosen.
 
+mod common;
+
 use anyhow::{Context, Result};
-use criterion::{Criterion, SamplingMode};
+use common::measuring;
+use criterion::SamplingMode;
 use lab::bench::rows::{Results, TrackingCost, TrackingRow};
 use lab::bench::{guarded, leave, short, summary, CannotHere, Stages, Went};
 use lab::{Cmd, Make, Status};
@@ -49,13 +52,7 @@ fn measure(
 }
 
 fn main() -> ExitCode {
-    let mut criterion = Criterion::default()
-        .sample_size(10)
-        .warm_up_time(Duration::from_millis(1))
-        .measurement_time(Duration::from_secs(1))
-        .nresamples(2000)
-        .without_plots()
-        .configure_from_args();
+    let mut criterion = measuring(Duration::from_secs(1));
     let mut group = criterion.benchmark_group("tracking");
     group.sampling_mode(SamplingMode::Flat);
     let mut results = Results::new();

@@ -16,6 +16,13 @@ const CLAIMS: &[Claim] = &[
         mirror,
     ),
     (
+        "a_large_piece_discarded_before_the_freeze_is_gone",
+        |lab, how| {
+            let tried = Cmd::new(["tracking", "discarded", how]);
+            lab.a().exec(&tried)?.ok().map(drop)
+        },
+    ),
+    (
         "discarded_protected_and_punched_memory_stays_what_it_was",
         |lab, how| {
             let more = way(how);

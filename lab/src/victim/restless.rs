@@ -42,6 +42,22 @@ pub fn advise_huge(memory: &mut [u8], huge: bool) -> Result<(), String> {
     done("madvise", r)
 }
 
+/// Gives memory back: it is zeros from then on.
+///
+/// # Errors
+/// Those of madvise(2).
+pub fn discard(memory: &mut [u8]) -> Result<(), String> {
+    // SAFETY: the memory is ours, and any byte may be zero.
+    let r = unsafe {
+        libc::madvise(
+            memory.as_mut_ptr().cast(),
+            memory.len(),
+            libc::MADV_DONTNEED,
+        )
+    };
+    done("madvise", r)
+}
+
 impl Arena {
     /// One whose fate is that of the seed; `file`: what is read past the page
     /// cache.

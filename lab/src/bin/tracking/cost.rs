@@ -30,6 +30,12 @@ pub fn resident(mb: usize, huge: bool) -> Outcome {
                 println!("{}", memory.as_ptr() as usize);
                 continue;
             }
+            // Whole tables of pages, and huge ones.
+            "discard" => {
+                restless::discard(&mut memory[HUGE..3 * HUGE])?;
+                println!("0");
+                continue;
+            }
             // Spread over all of it.
             "touch" => (memory.len() / PAGE / WRITTEN).max(1) * PAGE,
             _ => HUGE,

@@ -1,6 +1,7 @@
 //! Tries and measures what tells the written pages of a program: `mirror HOW
 //! SECONDS SEED [FILE]` follows a restless one and keeps a copy of its memory,
-//! `foreign HOW` writes into one from outside, `cost HOW MB` measures, `have HOW`
+//! `discarded HOW` has one discard a large piece of it, `foreign HOW` writes into one
+//! from outside, `cost HOW MB` measures, `have HOW`
 //! says whether it is there.
 
 mod cost;
@@ -105,10 +106,12 @@ fn run(words: &[&str]) -> Outcome {
             seed,
             file.first().copied(),
         ),
+        ["discarded", name] => mirror::discarded(how(name)?),
         ["foreign", name] => mirror::foreign(how(name)?),
         ["cost", name, mb] => cost::run(how(name)?, mb.parse().map_err(text)?),
         _ => Err(
-            "usage: tracking mirror HOW SECONDS SEED [FILE] | foreign HOW | cost HOW MB | have HOW"
+            "usage: tracking mirror HOW SECONDS SEED [FILE] | discarded HOW | foreign HOW | \
+             cost HOW MB | have HOW"
                 .into(),
         ),
     }

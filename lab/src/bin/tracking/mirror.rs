@@ -111,6 +111,31 @@ pub fn run(how: Tracking, time: Duration, seed: &str, file: Option<&str>) -> Out
     Ok(())
 }
 
+/// Whether a look at a program standing still finds that it discarded a large piece
+/// of its memory.
+pub fn discarded(how: Tracking) -> Outcome {
+    for pages in ["small", "huge"] {
+        let mut subject = Subject::start(&["resident", "16", pages])?;
+        let (mut tracker, _) = subject.follow(how)?;
+        let mut mirror = Mirror(BTreeMap::new());
+        for _ in 0..2 {
+            let found = tracker.look().map_err(text)?;
+            mirror.take(&mut tracker, &found)?;
+        }
+        subject.ask("discard")?;
+        let stopped = Stopped::seize(subject.pid()).map_err(text)?;
+        let found = tracker.last_look().map_err(text)?;
+        mirror.take(&mut tracker, &found)?;
+        let wrong = mirror.compare(subject.pid(), &tracker)?;
+        stopped.detach().map_err(text)?;
+        if let Some(at) = wrong.first() {
+            let n = wrong.len();
+            return Err(format!("{how}: {n} {pages} pages stayed, the first {at:x}"));
+        }
+    }
+    Ok(())
+}
+
 /// Whether a look finds what another process writes into the program.
 pub fn foreign(how: Tracking) -> Outcome {
     let mut subject = Subject::start(&["resident", "1", "small"])?;

@@ -38,6 +38,8 @@ for line in sys.stdin:
         ctypes.memset(at + 5 * 4096, 9, 1)
     if line == "discard":
         c.madvise(at + 5 * 4096, 4096, 4)
+    if line == "purge":
+        c.madvise(at + huge, 2 * huge, 4)
     if line == "read":
         c.madvise(at + 5 * 4096, 4096, 4)
         ctypes.string_at(at + 5 * 4096, 1)
@@ -201,6 +203,19 @@ fn what_was_discarded_or_mapped_anew_and_only_read_is_lost() {
             assert!(loses(&found, &program.page()), "{what}: {found:?}");
         });
     }
+}
+
+#[test]
+fn what_was_discarded_with_its_page_tables_is_lost() {
+    by_each("purge", |program, mut tracker| {
+        let found = program.last_look(&mut tracker);
+        let at = program.area.start;
+        assert!(
+            loses(&found, &(at + (2 << 20)..at + (6 << 20))),
+            "{found:?}"
+        );
+        assert_eq!(within(&found.drops, &program.area), 4 << 20);
+    });
 }
 
 /// The pages come with their bits as clear as they were where they were.

@@ -171,7 +171,9 @@ fn probe_uffd() -> Result<(), String> {
     }
     uffd::create()
         .and_then(|fd| uffd::enable_async_wp(&fd))
-        .map_err(|e| format!("no asynchronous write protection by userfaultfd: {e}"))
+        .map_err(|e| format!("no asynchronous write protection by userfaultfd: {e}"))?;
+    protection::tells_holes();
+    Ok(())
 }
 
 /// Which means is wanted: `--dirty-tracking`.

@@ -5,17 +5,27 @@
 //! A page that was discarded counts as written. A huge page is split at the
 //! first write to it, as long as it is protected; what is only read stays whole.
 
+use std::fs::File;
 use std::ops::Range;
+use std::sync::OnceLock;
 
 use super::registered::Registered;
 use super::{runs, there, Part, Then, Tracking, Writes};
 use crate::error::{Error, Result};
 use crate::proc::smaps::Mapping;
 use crate::state::memory::ranges::{minus, neighbours, push, span, union};
-use crate::sys::pagemap::{category, Query};
+use crate::state::memory::PAGE;
+use crate::sys::pagemap::{category, scan, Query};
+use crate::sys::uffd;
 use crate::tracee::Stopped;
 
-pub(in crate::state::memory) struct Protection(Registered);
+pub(in crate::state::memory) struct Protection {
+    registered: Registered,
+    tells_holes: bool,
+}
+
+/// What one page table spans, in bytes.
+const TABLE: u64 = 2 << 20;
 
 impl Protection {
     /// # Errors
@@ -23,7 +33,10 @@ impl Protection {
     pub fn begin(stopped: &mut Stopped) -> Result<Protection> {
         let registered = Registered::begin(stopped)?;
         match registered.asynchronous {
-            true => Ok(Protection(registered)),
+            true => Ok(Protection {
+                registered,
+                tells_holes: tells_holes(),
+            }),
             false => Err(Error::bad(
                 "userfaultfd",
                 "this kernel has no asynchronous write protection",
@@ -38,11 +51,11 @@ impl Writes for Protection {
     }
 
     fn follows(&self, mapping: &Mapping) -> bool {
-        self.0.follows(mapping)
+        self.registered.follows(mapping)
     }
 
     fn follow(&mut self, mapping: Range<u64>) -> bool {
-        self.0.follow(mapping)
+        self.registered.follow(mapping)
     }
 
     fn skips_holes(&self) -> bool {
@@ -50,17 +63,17 @@ impl Writes for Protection {
     }
 
     fn present(&mut self, part: Range<u64>, then: Then) -> Result<Vec<Range<u64>>> {
-        there(&self.0.pagemap, self.0.pid, part, then)
+        there(&self.registered.pagemap, self.registered.pid, part, then)
     }
 
     fn changed(&mut self, part: Part<'_>, then: Then) -> Result<Vec<Range<u64>>> {
         // What is absent counts as written, and protected it would look like something
         // that is there: swapped out.
         if part.dense && then == Then::Leave {
-            let written = self.0.written(&part.range, 0, false)?;
-            return Ok(union(written.unwrap_or_default(), self.gone(&part)?));
+            let written = self.registered.written(&part.range, 0, false)?;
+            return Ok(union(written.unwrap_or_default(), self.unseen(&part)?));
         }
-        let (pagemap, pid) = (&self.0.pagemap, self.0.pid);
+        let (pagemap, pid) = (&self.registered.pagemap, self.registered.pid);
         let query = Query {
             all: category::WRITTEN,
             any: category::PRESENT | category::SWAPPED,
@@ -73,7 +86,7 @@ impl Writes for Protection {
     }
 
     fn still_follows(&self, at: u64) -> Result<bool> {
-        self.0.still_follows(at)
+        self.registered.still_follows(at)
     }
 
     fn changed_in_the_same(&mut self, part: Part<'_>) -> Result<Option<Vec<Range<u64>>>> {
@@ -81,25 +94,120 @@ impl Writes for Protection {
             true => 0,
             false => category::PRESENT | category::SWAPPED,
         };
-        let Some(written) = self.0.written(&part.range, there, true)? else {
+        let Some(written) = self.registered.written(&part.range, there, true)? else {
             return Ok(None);
         };
-        Ok(Some(union(written, self.gone(&part)?)))
+        Ok(Some(match part.dense {
+            true => union(written, self.unseen(&part)?),
+            false => union(written, self.gone(&part)?),
+        }))
     }
 }
 
 impl Protection {
-    /// What was sent of a part, and is not there any more. Where a whole page table is
-    /// gone the scan for what is written tells nothing (fs/proc/task_mmu.c,
-    /// `pagemap_scan_pte_hole`).
+    /// What may have gone unseen by a scan for what is written.
+    fn unseen(&self, part: &Part<'_>) -> Result<Vec<Range<u64>>> {
+        match self.tells_holes {
+            true => Ok(Vec::new()),
+            false => without_table(&self.registered.pagemap, self.registered.pid, part),
+        }
+    }
+
+    /// What was sent of a part, and is not there any more.
     fn gone(&self, part: &Part<'_>) -> Result<Vec<Range<u64>>> {
         let mut gone = Vec::new();
         for some in neighbours(&part.sent.within(part.range.clone())) {
-            let is = there(&self.0.pagemap, self.0.pid, span(some), Then::Leave)?;
+            let is = there(
+                &self.registered.pagemap,
+                self.registered.pid,
+                span(some),
+                Then::Leave,
+            )?;
             minus(some, &is)
                 .into_iter()
                 .for_each(|r| push(&mut gone, r));
         }
         Ok(gone)
+    }
+}
+
+/// What was sent of a part, and may have gone together with its page table. A page
+/// tells for all of a table that it is there.
+fn without_table(pagemap: &File, pid: i32, part: &Part<'_>) -> Result<Vec<Range<u64>>> {
+    let mut all = Vec::new();
+    for sent in part.sent.within(part.range.clone()) {
+        let mut at = sent.start;
+        while at < sent.end {
+            let end = sent.end.min((at + 1).next_multiple_of(TABLE));
+            if there(pagemap, pid, at..at + PAGE, Then::Leave)?.is_empty() {
+                push(&mut all, at..end);
+            }
+            at = end;
+        }
+    }
+    Ok(all)
+}
+
+/// Whether a scan for what is written tells of memory without page tables as well: of a
+/// huge page that was discarded, say. Kernels before the summer of 2026 do not
+/// (fs/proc/task_mmu.c, `pagemap_scan_pte_hole`); so it is tried. False in doubt.
+///
+/// Tried once, which takes longer than a program should stand still for it.
+pub(super) fn tells_holes() -> bool {
+    static TOLD: OnceLock<bool> = OnceLock::new();
+    *TOLD.get_or_init(try_holes)
+}
+
+fn try_holes() -> bool {
+    let room: Vec<u8> = Vec::with_capacity(2 * TABLE as usize);
+    let start = (room.as_ptr() as u64).next_multiple_of(TABLE);
+    let ask = || -> std::io::Result<bool> {
+        let uffd = uffd::create()?;
+        uffd::enable_async_wp(&uffd)?;
+        uffd::register_wp(&uffd, start, TABLE)?;
+        let pagemap = File::open("/proc/self/pagemap")?;
+        let scan_for = |what| {
+            let query = Query {
+                all: what,
+                tell: what,
+                ..Query::default()
+            };
+            let mut found = 0;
+            scan(&pagemap, start, start + TABLE, query, |r| {
+                found += r.end - r.start;
+            })
+            .map(|()| found)
+        };
+        Ok(scan_for(category::PRESENT)? == 0 && scan_for(category::WRITTEN)? == TABLE)
+    };
+    let told = ask().unwrap_or(false);
+    drop(room);
+    told
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::state::memory::Ranges;
+
+    #[test]
+    fn what_went_with_its_page_table_is_found() {
+        let mut memory = vec![0u8; 5 * TABLE as usize];
+        let start = (memory.as_ptr() as u64).next_multiple_of(TABLE);
+        let at = |offset: u64| (start - memory.as_ptr() as u64 + offset) as usize;
+        let touched = [at(3 * PAGE), at(3 * TABLE)];
+        touched.into_iter().for_each(|n| memory[n] = 1);
+        std::hint::black_box(&memory);
+        let mut sent = Ranges::default();
+        sent.insert(start + 3 * PAGE..start + 4 * TABLE);
+        let part = Part {
+            range: start..start + 4 * TABLE,
+            dense: true,
+            sent: &sent,
+        };
+        let pid = std::process::id() as i32;
+        let pagemap = File::open("/proc/self/pagemap").unwrap();
+        let gone = start + TABLE..start + 3 * TABLE;
+        assert_eq!(without_table(&pagemap, pid, &part).unwrap(), [gone]);
     }
 }
