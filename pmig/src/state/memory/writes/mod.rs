@@ -48,14 +48,14 @@ impl Tracking {
     ///
     /// | | uffd | soft-dirty | kmod |
     /// |---|---|---|---|
-    /// | the program is stopped for it | 3.7, 4.0 | 4.0, 4.3 | 3.9, 3.9 |
-    /// | a look, nothing written | 2.2, 6.7 | 5.2, 16.8 | 3.2, 10.2 |
-    /// | a look, 4,096 pages written | 4.9, 15.7 | 5.4, 17.4 | 5.9, 16.7 |
-    /// | the last look, at the freeze | 2.8, 7.4 | 4.3, 13.9 | 4.4, 13.0 |
-    /// | writing to 4,096 pages after a look (untracked 0.5, 0.7) | 9.5, 11.4 | 0.5, 1.3; the first time 9.3, 10.7 | 0.6, 1.2 |
+    /// | the program is stopped for it | 3.4, 3.4 | 4.0, 4.3 | 3.9, 3.9 |
+    /// | a look, nothing written | 2.5, 6.9 | 5.2, 16.8 | 3.2, 10.2 |
+    /// | a look, 4,096 pages written | 5.3, 13.8 | 5.4, 17.4 | 5.9, 16.7 |
+    /// | the last look, at the freeze | 3.1, 7.2 | 4.3, 13.9 | 4.4, 13.0 |
+    /// | writing to 4,096 pages after a look (untracked 0.5, 0.6) | 9.7, 10.2 | 0.5, 1.3; the first time 9.3, 10.7 | 0.6, 1.2 |
     ///
-    /// On the computer itself (6.18): uffd 0.2, 0.1; 0.3, 1.2; 0.8, 2.5; 0.4, 1.3;
-    /// 2.4, 2.4 (0.04 untracked). The module costs the program least, but is not
+    /// On the computer itself (6.18): uffd 0.2, 0.2; 0.3, 1.2; 1.0, 2.7; 0.6, 1.4;
+    /// 2.4, 2.5 (0.04 untracked). The module costs the program least, but is not
     /// safe by itself; soft-dirty costs it nothing after the first write, because it
     /// does not forget.
     pub const ALL: [Tracking; 4] = [
