@@ -56,6 +56,18 @@ impl Found {
     }
 }
 
+/// How the mappings of a program that stands still compare with the last list.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Standing {
+    /// They are others, or it is as quick to list them again.
+    Changed,
+    /// They have the same lines, and are too many to be asked one by one whether they
+    /// are followed still.
+    SameLines,
+    /// They are the same.
+    Same,
+}
+
 /// Follows the memory of one process.
 pub struct Tracker {
     pid: i32,
@@ -74,8 +86,8 @@ pub struct Tracker {
     /// The last list, and the lines of maps that belong to it.
     seen: Vec<Mapping>,
     lines: Lines,
-    /// Nothing but pages has changed since, nor will.
-    stands: bool,
+    /// What has become of them, where the program stands still and it was asked.
+    standing: Option<Standing>,
     /// Which mappings of the layout are dense, one for each of them.
     dense: Vec<bool>,
     /// Whether all mappings of the last list are followed that can be.
@@ -116,7 +128,7 @@ impl Tracker {
             distrusted: false,
             later: Ranges::default(),
             seen: Vec::new(),
-            stands: false,
+            standing: None,
             lines: Lines::default(),
             dense: Vec::new(),
             all_watched: false,
@@ -170,9 +182,13 @@ impl Tracker {
     /// last look, only advice (madvise(2)) given to a whole mapping since then
     /// would go unseen.
     pub fn last_look(&mut self) -> Result<Found> {
-        let quick = match self.stands || (self.is_large() && self.is_unchanged()?) {
-            true => self.look_at_the_same()?,
-            false => None,
+        let standing = match self.standing.take() {
+            Some(known) => known,
+            None => self.compare()?,
+        };
+        let quick = match standing {
+            Standing::Changed => None,
+            standing => self.look_at_the_same(standing)?,
         };
         let mut found = match quick {
             Some(found) => found,
@@ -198,26 +214,26 @@ impl Tracker {
     /// # Errors
     /// The program has ended, or has executed another one.
     pub fn stands(&mut self) -> Result<bool> {
-        self.stands = self.is_large() && self.is_unchanged()? && self.all_followed()?;
-        Ok(self.stands)
+        let standing = self.compare()?;
+        self.standing = Some(standing);
+        Ok(standing == Standing::Same)
     }
 
-    fn all_followed(&self) -> Result<bool> {
+    fn compare(&self) -> Result<Standing> {
+        let walked: u64 = self.seen.iter().map(|m| m.resident + AS_LONG).sum();
+        if walked <= QUICKLY_WALKED || !self.is_unchanged()? {
+            return Ok(Standing::Changed);
+        }
         let private = || self.layout.vmas.iter().filter(|v| v.is_private());
         if private().count() > MOST_ASKED {
-            return Ok(false);
+            return Ok(Standing::SameLines);
         }
         for vma in private() {
             if !self.writes.still_follows(vma.start)? {
-                return Ok(false);
+                return Ok(Standing::Changed);
             }
         }
-        Ok(true)
-    }
-
-    fn is_large(&self) -> bool {
-        let walked: u64 = self.seen.iter().map(|m| m.resident + AS_LONG).sum();
-        walked > QUICKLY_WALKED
+        Ok(Standing::Same)
     }
 
     /// Whether no mapping has come, gone or changed since the last look, as far
@@ -243,7 +259,7 @@ impl Tracker {
     /// Looks where all mappings have the lines that they had. `None` where one
     /// was unmapped and mapped again at the same place, and it is watched no
     /// longer.
-    fn look_at_the_same(&mut self) -> Result<Option<Found>> {
+    fn look_at_the_same(&mut self, standing: Standing) -> Result<Option<Found>> {
         let sparse = self.private().into_iter().filter(|(_, dense)| !dense);
         let sparse: Vec<Range<u64>> = sparse.map(|(vma, _)| vma.range()).collect();
         let stretches = self.stretches().into_iter().map(|r| (r, true));
@@ -254,10 +270,10 @@ impl Tracker {
                 dense,
                 sent: &self.sent,
             };
-            let runs = match self.stands {
+            let runs = match standing {
                 // What has come since is our own.
-                true => Some(self.writes.changed(part, Then::Leave)?),
-                false => self.writes.changed_in_the_same(part)?,
+                Standing::Same => Some(self.writes.changed(part, Then::Leave)?),
+                _ => self.writes.changed_in_the_same(part)?,
             };
             match runs {
                 Some(runs) => changed.push(self.of_the_program(runs)),

@@ -5,7 +5,7 @@ use std::fs::File;
 use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 
-use super::{open_pagemap, runs, Part};
+use super::{open_pagemap, runs};
 use crate::error::{Context, Error, Result};
 use crate::proc::smaps::Mapping;
 use crate::state::memory::PAGE;
@@ -92,17 +92,6 @@ impl Registered {
         };
         let found = runs(&self.pagemap, self.pid, at..at + PAGE, query)?;
         Ok(self.asynchronous && !found.is_empty())
-    }
-
-    /// Whether all mappings in a part are registered still.
-    pub fn still(&self, part: &Part<'_>) -> Result<bool> {
-        if !self.asynchronous {
-            return Ok(false);
-        }
-        if !part.dense {
-            return self.still_follows(part.range.start);
-        }
-        Ok(self.written(&part.range, 0, true)?.is_some())
     }
 
     /// What was written since it was protected, and is of one of the categories `any`,

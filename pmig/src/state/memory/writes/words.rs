@@ -182,13 +182,6 @@ impl<S: Source> Writes for Words<S> {
     fn still_follows(&self, at: u64) -> Result<bool> {
         self.registered.still_follows(at)
     }
-
-    fn changed_in_the_same(&mut self, part: Part<'_>) -> Result<Option<Vec<Range<u64>>>> {
-        match self.registered.still(&part)? {
-            true => self.changed(part, Then::Leave).map(Some),
-            false => Ok(None),
-        }
-    }
 }
 
 /// The soft-dirty bits (Documentation/admin-guide/mm/soft-dirty.rst).
