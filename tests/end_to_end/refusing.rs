@@ -2,7 +2,7 @@
 
 use anyhow::{ensure, Result};
 use lab::harness::Trial;
-use lab::scenario::{gone, migrate, migrate_to, runs_on, unmoved, wait, Program, LIMIT};
+use lab::scenario::{gone, migrate, migrate_to, runs_on, same, unmoved, wait, Program, LIMIT};
 use lab::{Cmd, Lab, Make};
 use std::time::Duration;
 
@@ -69,6 +69,7 @@ const CLAIMS: &[Claim] = &[
     }),
     ("garbage_instead_of_the_protocol_is_seen", garbage),
     ("a_pid_in_use_at_the_target_is_named", pid_taken),
+    ("a_pid_of_one_just_dead_is_waited_for", pid_of_a_dead_one),
     ("a_second_migration_of_one_process_is_refused", twice),
     ("who_lacks_the_privileges_is_told_so", no_privilege),
     (
@@ -239,6 +240,46 @@ fn pid_taken(lab: &Lab) -> Result<()> {
     moved.failed(moved.status.code(), &[&program.pid.to_string()])?;
     lab.b().signal(program.pid, 9)?;
     runs_on(lab.a(), &program, &expected)
+}
+
+/// Its parent lets it wait, the first time too long.
+fn pid_of_a_dead_one(lab: &Lab) -> Result<()> {
+    let expected = unmoved(lab.a(), "iterative lines=400", QUICK)?;
+    let program = Program::start(lab.a(), "iterative lines=400")?;
+    let dead = |seconds: f64| {
+        let script = format!(
+            "import os, time\n\
+             last = '/proc/sys/kernel/ns_last_pid'\n\
+             for n in range(50):\n    \
+                 open(last, 'w').write('{}')\n    \
+                 pid = os.fork()\n    \
+                 if pid == 0: os._exit(0)\n    \
+                 if pid == {}: break\n    \
+                 os.waitpid(pid, 0)\n\
+             open(last, 'w').write('20500')\n\
+             print(pid, flush=True)\n\
+             time.sleep({seconds})\n\
+             os.waitpid(pid, 0)\n\
+             time.sleep(60)\n",
+            program.pid - 1,
+            program.pid
+        );
+        let parent = lab
+            .b()
+            .spawn(&Cmd::new(["python3", "-c", &script]), PYTHON)?;
+        wait("somebody to die on b", LIMIT, || {
+            let said = lab.b().read(PYTHON)?;
+            Ok(said.trim_ascii() == program.pid.to_string().as_bytes())
+        })?;
+        Ok::<u32, anyhow::Error>(parent)
+    };
+    let parent = dead(60.0)?;
+    let moved = migrate(lab.a(), lab.b(), &program, "--files ship", &[])?;
+    moved.failed(REFUSED, &["a dead process"])?;
+    lab.b().signal(parent, 9)?;
+    dead(0.5)?;
+    migrate(lab.a(), lab.b(), &program, "--files ship", &[])?.ok()?;
+    same(&program.finish(lab.b())?, &expected)
 }
 
 fn twice(lab: &Lab) -> Result<()> {

@@ -30,6 +30,7 @@ use crate::lineage;
 use crate::patience::patience;
 use crate::phase::Phase;
 use crate::policy::Policy;
+use crate::proc::status::Status;
 use crate::protocol::message::{Accepted, Hello, Ready, ToSource, ToTarget, MAX_RAW};
 use crate::protocol::Wire;
 use crate::state::clock::{Namespace, Reading};
@@ -55,7 +56,7 @@ const LATE: Duration = Duration::from_secs(2);
 const GRACE: Duration = Duration::from_secs(10);
 /// How long a source that was refused may go on sending before it is cut off.
 const DRAIN: Duration = Duration::from_secs(2);
-/// How long it may take until nothing is left of a husk.
+/// How long it may take until nothing is left of a husk, or of what died before.
 const BURIAL: Duration = Duration::from_secs(1);
 
 /// What the person who serves can choose.
@@ -140,6 +141,28 @@ fn receive(wire: &mut Wire, options: &Options) -> Result<()> {
     }
 }
 
+/// Who has that PID here. What died a moment ago, the program itself perhaps, is
+/// given time to be buried by its parent.
+fn taken(pid: i32, host: &str) -> Result<Option<String>> {
+    let until = Instant::now() + BURIAL;
+    loop {
+        let dead = match Status::read(pid) {
+            Ok(status) => matches!(status.letter, 'Z' | 'X'),
+            Err(Error::Gone(_)) => return Ok(None),
+            Err(e) => return Err(e),
+        };
+        if !dead {
+            return Ok(Some(format!("it is taken on {host}")));
+        }
+        if Instant::now() > until {
+            return Ok(Some(format!(
+                "it is taken on {host} by a dead process that its parent has not waited for"
+            )));
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
 /// Whether this machine can take the process: all reasons against it at once.
 fn consider(hello: &Hello, files: &mut TargetFiles, backend: &Backend) -> Result<Accepted> {
     let preview = &hello.preview;
@@ -158,10 +181,10 @@ fn consider(hello: &Hello, files: &mut TargetFiles, backend: &Backend) -> Result
         ));
     }
     let pid = preview.needs.pid;
-    if std::path::Path::new(&format!("/proc/{pid}")).exists() {
+    if let Some(why) = taken(pid, &here.host)? {
         obstacles.push(Obstacle::new(
             format!("pid {pid}"),
-            format!("it is taken on {}", here.host),
+            why,
             "end that process there, or try again later",
         ));
     }
