@@ -537,6 +537,10 @@ impl Building {
         let running = committed.thaw(held)?;
         let at = Reading::now();
         laps.add("thawed");
+        // Before anybody hears that it is here, and has it move on.
+        if let Err(e) = lineage::note(hello.preview.needs.pid, &hello.preview.lineage) {
+            tracing::warn!("where the program came from is not noted: {e}");
+        }
         let told = wire.send(&ToSource::Committed { at });
         fault::point(Phase::Release, Role::Target, || wire.link().cut());
         committed.let_live(running);
@@ -554,9 +558,6 @@ impl Building {
         // Writing files through to the disk takes its time.
         watch_over(PATIENCE);
         files.forget_leftovers();
-        if let Err(e) = lineage::note(hello.preview.needs.pid, &hello.preview.lineage) {
-            tracing::warn!("where the program came from is not noted: {e}");
-        }
         if let Some(Err(e)) = holder.map(|h| h.show(pictures)) {
             tracing::warn!("what the program's terminals showed is lost: {e}");
         }
