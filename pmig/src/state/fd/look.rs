@@ -1,6 +1,8 @@
 //! Looking at descriptors from outside, through procfs: proc_pid_fdinfo(5).
 //! Nothing is opened and nothing copied, so a running process notices nothing.
 
+use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -11,7 +13,7 @@ use nix::errno::Errno;
 use nix::fcntl::{openat, readlinkat, AtFlags, OFlag};
 use nix::sys::stat::{fstatat, FileStat, Mode};
 use nix::sys::statfs::statfs;
-use nix::unistd::read;
+use nix::sys::uio::pread;
 
 use super::terminal::Control;
 use super::MAX_FDS;
@@ -112,7 +114,22 @@ pub(super) struct ProcDir {
     /// Its `fd` and `fdinfo`: what lies in them is found in half the time.
     links: OwnedFd,
     infos: OwnedFd,
+    /// What lies in `fdinfo`, of the first that were looked at.
+    kept: RefCell<BTreeMap<i32, OwnedFd>>,
+    /// `cwd` and `root`, as they were found.
+    places: RefCell<BTreeMap<&'static str, Place>>,
 }
+
+/// Where a directory was found to be.
+struct Place {
+    link: Vec<u8>,
+    /// Device and inode.
+    node: (u64, u64),
+    path: FilePath,
+}
+
+/// Descriptors whose `fdinfo` is kept open, at most.
+const MOST_KEPT: usize = 128;
 
 impl ProcDir {
     pub fn open(pid: i32) -> Result<ProcDir> {
@@ -126,6 +143,8 @@ impl ProcDir {
                 links: links?,
                 infos: infos?,
                 dir,
+                kept: RefCell::default(),
+                places: RefCell::default(),
             })
         });
         match opened {
@@ -142,6 +161,17 @@ impl ProcDir {
                 object: format!("/proc/{}/{name}", self.pid),
                 cause: e.into(),
             },
+        }
+    }
+
+    /// How many descriptors it has, where the kernel tells (since 6.2, as the size of
+    /// the directory); else 0.
+    pub fn count(&self) -> Result<usize> {
+        match fstatat(&self.links, "", AtFlags::AT_EMPTY_PATH) {
+            Ok(stat) => Ok(stat.st_size as usize),
+            // It has ended.
+            Err(Errno::ENOENT) => Ok(0),
+            Err(e) => Err(self.failed(e, "look at", "fd")),
         }
     }
 
@@ -176,9 +206,7 @@ impl ProcDir {
     pub fn glance(&self, fd: i32) -> Result<Option<Glance>> {
         let name = fd.to_string();
         let mut text = [0u8; 1024];
-        let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
-        let info = openat(&self.infos, name.as_str(), flags, Mode::empty())
-            .and_then(|f| read(&f, &mut text));
+        let info = self.info(fd, &name, &mut text);
         let link = match &info {
             Ok(_) => readlinkat(&self.links, name.as_str()).map(OsString::into_vec),
             Err(e) => Err(*e),
@@ -193,6 +221,25 @@ impl ProcDir {
         parse_fdinfo(&text[..n], link)
             .map(Some)
             .map_err(|what| Error::bad(format!("/proc/{}/fdinfo/{name}", self.pid), what))
+    }
+
+    fn info(&self, fd: i32, name: &str, text: &mut [u8]) -> nix::Result<usize> {
+        let mut kept = self.kept.borrow_mut();
+        if let Some(info) = kept.get(&fd) {
+            // By its number: of whatever has that now.
+            let read = pread(info, text, 0);
+            if read.is_err() {
+                kept.remove(&fd);
+            }
+            return read;
+        }
+        let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
+        let info = openat(&self.infos, name, flags, Mode::empty())?;
+        let read = pread(&info, text, 0)?;
+        if kept.len() < MOST_KEPT {
+            kept.insert(fd, info);
+        }
+        Ok(read)
     }
 
     /// Finds out what a descriptor is of; none where it is closed by now, or of
@@ -237,9 +284,23 @@ impl ProcDir {
             .map_err(|e| self.failed(e, "read", which))?;
         let stat = fstatat(&self.dir, which, AtFlags::empty())
             .map_err(|e| self.failed(e, "look at", which))?;
+        if let Some(place) = self.places.borrow().get(which) {
+            // Of a directory that went another way the link would say so.
+            if (&place.link, place.node) == (&link, (stat.st_dev, stat.st_ino)) {
+                return Ok(Ok(place.path.clone()));
+            }
+        }
         let shown = String::from_utf8_lossy(&link);
         Ok(match name_of(&link, &stat) {
-            Name::Leads(path) => Ok(path),
+            Name::Leads(path) => {
+                let place = Place {
+                    link,
+                    node: (stat.st_dev, stat.st_ino),
+                    path: path.clone(),
+                };
+                self.places.borrow_mut().insert(which, place);
+                Ok(path)
+            }
             Name::Deleted => Err(Obstacle::new(
                 format!("{which} {shown}"),
                 "is a deleted directory",

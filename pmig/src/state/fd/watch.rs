@@ -216,7 +216,28 @@ impl Watch {
     }
 
     fn claims(&mut self, obstacles: &mut Vec<Obstacle>) -> Result<Vec<Found>> {
+        let known = self.seen.len();
+        if known != 0 && self.proc.count()? == known {
+            let numbers = self.seen.keys().copied().collect();
+            // As many, and each of them is there: then it is those.
+            if let Some(found) = self.claims_of(numbers, true, &mut Vec::new())? {
+                return Ok(found);
+            }
+        }
         let numbers = self.proc.numbers()?;
+        Ok(self
+            .claims_of(numbers, false, obstacles)?
+            .unwrap_or_default())
+    }
+
+    /// The claims of these. `strictly`: `None` where one of them is not there, or
+    /// cannot be carried.
+    fn claims_of(
+        &mut self,
+        numbers: Vec<i32>,
+        strictly: bool,
+        obstacles: &mut Vec<Obstacle>,
+    ) -> Result<Option<Vec<Found>>> {
         let mut found = Vec::with_capacity(numbers.len());
         let mut seen = BTreeMap::new();
         // Looked up where there is a terminal.
@@ -224,6 +245,9 @@ impl Watch {
         let mut closed = false;
         for fd in numbers {
             let Some((glance, nature)) = self.settled(fd, obstacles)? else {
+                if strictly {
+                    return Ok(None);
+                }
                 closed = true;
                 continue;
             };
@@ -257,8 +281,11 @@ impl Watch {
         if closed && !still_there(&self.proc).context("look at", self.pid)? {
             return Err(Error::Gone(self.pid));
         }
+        if strictly && !obstacles.is_empty() {
+            return Ok(None);
+        }
         self.seen = seen;
-        Ok(found)
+        Ok(Some(found))
     }
 
     /// A glance at a descriptor and what it is of, both of the same file.
