@@ -78,9 +78,14 @@ pub(super) fn quiet_signal(pid: i32) -> Result<Option<i32>> {
         .filter(|(k, _)| matches!(*k, "SigPnd" | "ShdPnd" | "SigBlk" | "SigCgt"))
         .filter_map(|(_, v)| u64::from_str_radix(v.trim(), 16).ok())
         .fold(0, |all, one| all | one);
-    Ok([libc::SIGURG, libc::SIGWINCH, libc::SIGCHLD]
+    Ok(quiet_among(busy))
+}
+
+/// The same, where it is known which signals are caught, blocked or pending.
+pub(super) fn quiet_among(busy: u64) -> Option<i32> {
+    [libc::SIGURG, libc::SIGWINCH, libc::SIGCHLD]
         .into_iter()
-        .find(|s| busy & (1 << (s - 1)) == 0))
+        .find(|s| busy & (1 << (s - 1)) == 0)
 }
 
 /// `len` bytes of stack that the program never used: pages at the low end that

@@ -9,10 +9,11 @@ use std::time::{Duration, Instant};
 use super::batch::Head;
 use super::ground::Ground;
 use super::home::{frame, frame_len};
-use super::outside::{is_fault, open_mem, quiet_signal, undo_eintr, unused_stack};
+use super::outside::{is_fault, open_mem, quiet_among, quiet_signal, undo_eintr, unused_stack};
 use super::{Batch, Done, RemoteAddr};
 use crate::error::{Context, Error, Result};
 use crate::proc::smaps::Lines;
+use crate::proc::status::Status;
 use crate::sys::ptrace::{self, Change, Regs, RseqConfig};
 use crate::sys::runner;
 
@@ -76,6 +77,8 @@ pub struct Stopped {
     ground: Option<Ground>,
     /// Where its stack lies, where that is known already.
     stack: Option<Range<u64>>,
+    /// Signals that are caught, blocked or pending, where that is known already.
+    busy: Option<u64>,
     /// A system call instruction, where one was looked for ahead of time.
     way_out: Option<u64>,
     live: bool,
@@ -117,6 +120,7 @@ impl Stopped {
             home: None,
             ground: None,
             stack: None,
+            busy: None,
             way_out: None,
             live: true,
             end: None,
@@ -152,6 +156,7 @@ impl Stopped {
             home: None,
             ground: None,
             stack: None,
+            busy: None,
             way_out: None,
             live: false,
             end: Some(libc::SIGURG),
@@ -165,6 +170,13 @@ impl Stopped {
     pub fn on(mut self, ground: Ground) -> Stopped {
         self.ground = Some(ground);
         self
+    }
+
+    /// Spares the question which signals mean something to the program, when it was
+    /// asked in this stop.
+    pub fn signals_known(&mut self, status: &Status) {
+        let [private, shared] = status.pending;
+        self.busy = Some(private | shared | self.mask | status.caught);
     }
 
     /// Spares the list of all mappings, when one was read in this stop: there its
@@ -249,6 +261,9 @@ impl Stopped {
 
     /// Executes a batch inside the process.
     pub fn run(&mut self, batch: Batch) -> Result<Done> {
+        if batch.is_empty() {
+            return Ok(Done::of_nothing(batch));
+        }
         self.mask_for_batch()?;
         self.room_for(batch.len())?;
         let scratch = self.scratch.expect("made just now");
@@ -307,10 +322,7 @@ impl Stopped {
         (regs.r10, regs.r8, regs.r9) = (arg(3), arg(4), arg(5));
         self.displace(&regs)?;
         self.next_syscall_stop()?;
-        ptrace::interrupt(self.pid).context("interrupt process", self.pid)?;
-        ptrace::cont(self.pid, 0).context("continue process", self.pid)?;
-        self.await_stop()?;
-        self.at_syscall = false;
+        self.leave_call()?;
         let result = ptrace::regs(self.pid)
             .context("read the registers of", self.pid)?
             .rax as i64;
@@ -325,16 +337,14 @@ impl Stopped {
     pub fn settle(&mut self) -> Result<()> {
         if let Some(scratch) = self.scratch {
             let at = self.syscall_instruction()?;
-            self.call_at(at, libc::SYS_munmap, [scratch.at, scratch.len, 0, 0, 0, 0])?;
+            let args = [scratch.at, scratch.len, 0, 0, 0, 0];
+            self.enter_call(at, libc::SYS_munmap, args)?;
+            // The call is made, and its end is this stop.
+            self.leave_call()?;
+            self.result()?;
             self.scratch = None;
-        }
-        if self.at_syscall {
-            // Only on the way through signal handling does the kernel take up
-            // an interrupted call again.
-            ptrace::interrupt(self.pid).context("interrupt process", self.pid)?;
-            ptrace::cont(self.pid, 0).context("continue process", self.pid)?;
-            self.await_stop()?;
-            self.at_syscall = false;
+        } else if self.at_syscall {
+            self.leave_call()?;
         }
         if self.displaced {
             ptrace::set_regs(self.pid, &self.regs).context("set the registers of", self.pid)?;
@@ -400,7 +410,10 @@ impl Stopped {
             return Ok(());
         }
         if self.live {
-            self.end = quiet_signal(self.pid)?;
+            self.end = match self.busy {
+                Some(busy) => quiet_among(busy),
+                None => quiet_signal(self.pid)?,
+            };
             self.prepare_home()?;
         }
         let open = self.end.map_or(0, |s| 1u64 << (s - 1));
@@ -466,15 +479,35 @@ impl Stopped {
     /// Makes one call with the instruction at `at`; an error of the call is an
     /// error.
     pub(super) fn call_at(&mut self, at: u64, number: i64, args: [u64; 6]) -> Result<u64> {
+        self.enter_call(at, number, args)?;
+        self.next_syscall_stop()?;
+        self.at_syscall = true;
+        self.result()
+    }
+
+    /// Up to the stop at the beginning of a call.
+    fn enter_call(&mut self, at: u64, number: i64, args: [u64; 6]) -> Result<()> {
         let mut regs = self.borrowed();
         regs.rip = at;
         regs.rax = number as u64;
         (regs.rdi, regs.rsi, regs.rdx) = (args[0], args[1], args[2]);
         (regs.r10, regs.r8, regs.r9) = (args[3], args[4], args[5]);
         self.displace(&regs)?;
-        self.next_syscall_stop()?;
-        self.next_syscall_stop()?;
-        self.at_syscall = true;
+        self.next_syscall_stop()
+    }
+
+    /// From a stop at a call to one on the way through signal handling: only there
+    /// does the kernel take up an interrupted call again.
+    fn leave_call(&mut self) -> Result<()> {
+        ptrace::interrupt(self.pid).context("interrupt process", self.pid)?;
+        ptrace::cont(self.pid, 0).context("continue process", self.pid)?;
+        self.await_stop()?;
+        self.at_syscall = false;
+        Ok(())
+    }
+
+    /// What the call just made returned.
+    fn result(&self) -> Result<u64> {
         let result = ptrace::regs(self.pid)
             .context("read the registers of", self.pid)?
             .rax as i64;
