@@ -109,15 +109,16 @@ impl Husk {
         if steps.is_empty() {
             return Ok(());
         }
-        if let Some((start, end)) = self.stopped.scratch() {
+        let lies_well = self.stopped.scratch().is_some_and(|(start, end)| {
             let in_the_way = |v: &Vma| v.start < end && start < v.end;
-            if layout.vmas.iter().any(in_the_way) {
-                let mut both = layout.vmas.clone();
-                both.extend(self.vmas.iter().cloned());
-                both.sort_by_key(|v| v.start);
-                self.stopped
-                    .relocate_scratch(hole(&both, SCRATCH)?, SCRATCH)?;
-            }
+            !layout.vmas.iter().any(in_the_way)
+        });
+        if !lies_well {
+            let mut both = layout.vmas.clone();
+            both.extend(self.vmas.iter().cloned());
+            both.sort_by_key(|v| v.start);
+            self.stopped
+                .relocate_scratch(hole(&both, SCRATCH)?, SCRATCH)?;
         }
         for chunk in steps.chunks(CHUNK) {
             let mut b = Batch::new();
@@ -179,7 +180,7 @@ impl Husk {
             &[0u64.into(), exe.as_raw_fd().into(), 0u64.into()],
         );
         // The two above got the lowest numbers.
-        bounds.restore(&mut b, Some(1))?;
+        bounds.set(&mut b, Some(1))?;
         b.call(
             "close the executable",
             libc::SYS_close_range,

@@ -9,7 +9,7 @@ use crate::state::fd::FdTable;
 use crate::state::files::FileSet;
 use crate::state::memory::{Kernel, Layout};
 use crate::state::paths::FilePath;
-use crate::state::pcb::{MachineFacts, Needs, Pcb};
+use crate::state::pcb::{MachineFacts, Moving, Needs, Pcb};
 
 /// What is known of a process while it runs: enough for a target to say
 /// whether it can take it, and to build the husk.
@@ -37,6 +37,27 @@ pub struct Preview {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Final {
     pub pcb: Pcb,
+    pub descriptors: FdTable,
+    pub clock: Clock,
+}
+
+impl Final {
+    /// Itself, by what has changed since `known`; none where that is more than what
+    /// always does.
+    pub fn since(&self, known: &Final) -> Option<Since> {
+        let moving = self.pcb.moving();
+        (known.pcb.moved_on(moving.clone()) == self.pcb).then(|| Since {
+            moving,
+            descriptors: self.descriptors.clone(),
+            clock: self.clock,
+        })
+    }
+}
+
+/// A [`Final`] by what has changed since one that is known.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Since {
+    pub moving: Moving,
     pub descriptors: FdTable,
     pub clock: Clock,
 }

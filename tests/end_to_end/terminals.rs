@@ -29,6 +29,7 @@ const PLAIN: &[PlainClaim] = &[
         of_a_shell,
     ),
     ("a_program_whose_terminal_hung_up_moves", hung_up),
+    ("a_move_sends_no_signal_by_the_terminal", no_signal),
 ];
 
 pub fn trials() -> Vec<Trial> {
@@ -326,6 +327,43 @@ while True:
     }
     there.detach()?;
     lab.b().signal(program.pid, 9)
+}
+
+/// It has a descriptor more at one moment and one less at the next, so that the table
+/// of the freeze is mostly another than the one known before.
+const LISTENER: &str = "\
+import os, signal, time
+seen = []
+for s in (signal.SIGHUP, signal.SIGCONT, signal.SIGWINCH):
+    signal.signal(s, lambda n, f: seen.append(n))
+while not os.path.exists('/srv/work/tell'):
+    fd = os.open('/dev/null', os.O_RDONLY)
+    time.sleep(0.001)
+    os.close(fd)
+    time.sleep(0.001)
+with open('/srv/work/seen', 'w') as out:
+    print('seen', seen, file=out)
+";
+
+fn no_signal(lab: &Lab) -> Result<()> {
+    let mut hosts = [lab.a(), lab.b()];
+    let program = run(hosts[0], &["python3", "-c", LISTENER])?;
+    wait("it to listen", LIMIT, || {
+        let caught = format!(
+            "grep -q 'SigCgt:.*[89a-f]......$' /proc/{}/status",
+            program.pid
+        );
+        Ok(hosts[0].sh(&caught).is_ok())
+    })?;
+    for _ in 0..6 {
+        migrate(hosts[0], hosts[1], &program, "--pcb ptrace", &[])?.ok()?;
+        hosts.swap(0, 1);
+    }
+    hosts[0].write("/srv/work/tell", 0o644, b"")?;
+    gone_soon(hosts[0], program.pid)?;
+    let seen = String::from_utf8(hosts[0].read("/srv/work/seen")?)?;
+    ensure!(seen == "seen []\n", "{seen}");
+    Ok(())
 }
 
 fn background(lab: &Lab) -> Result<()> {

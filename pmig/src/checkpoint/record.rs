@@ -144,6 +144,8 @@ fn hear(path: &Path, wire: &mut Wire) -> Result<()> {
             | ToTarget::Ping
             | ToTarget::Build
             | ToTarget::Rehearse(_)
+            | ToTarget::Ahead(_)
+            | ToTarget::Since(_)
             | ToTarget::Postpone
             | ToTarget::Later(_)
             | ToTarget::Piece { .. }

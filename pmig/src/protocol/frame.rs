@@ -13,6 +13,9 @@ pub const MAX_MESSAGE: usize = 16 << 20;
 /// Most are shorter than this, in bytes, and read at once.
 const USUAL_MESSAGE: usize = 64 << 10;
 
+/// No more than this waits for what leaves with it, in bytes.
+const MOST_QUEUED: usize = 64 << 10;
+
 /// How often somebody who only waits for an end looks at the clock.
 const SILENT: Duration = Duration::from_millis(200);
 
@@ -51,6 +54,8 @@ pub fn decode<T: DeserializeOwned>(body: &[u8]) -> Result<T> {
 /// A connection that carries messages (length, then bincode) and raw bytes.
 pub struct Wire {
     link: Box<dyn Link>,
+    /// Frames that leave with the next one.
+    queued: Vec<u8>,
     /// Bytes sent, frames included.
     pub sent: u64,
     /// Bytes received, frames included.
@@ -61,6 +66,7 @@ impl Wire {
     pub fn new(link: Box<dyn Link>) -> Wire {
         Wire {
             link,
+            queued: Vec::new(),
             sent: 0,
             received: 0,
         }
@@ -97,12 +103,22 @@ impl Wire {
 
     /// Sends a message and the raw bytes that belong to it.
     pub fn send_with(&mut self, message: &impl Serialize, raw: &[u8]) -> Result<()> {
-        let body = encode(message)?;
-        let mut head = (body.len() as u32).to_le_bytes().to_vec();
-        head.extend_from_slice(&body);
+        let mut head = std::mem::take(&mut self.queued);
+        add_frame(&mut head, message)?;
         let all = (head.len() + raw.len()) as u64;
         write_all_pair(&mut *self.link, &head, raw).map_err(|e| self.broken(e))?;
         self.sent += all;
+        Ok(())
+    }
+
+    /// The same of something small behind which more will be sent at once: it leaves
+    /// with that.
+    pub fn queue_with(&mut self, message: &impl Serialize, raw: &[u8]) -> Result<()> {
+        if self.queued.len() + raw.len() > MOST_QUEUED {
+            return self.send_with(message, raw);
+        }
+        add_frame(&mut self.queued, message)?;
+        self.queued.extend_from_slice(raw);
         Ok(())
     }
 
@@ -180,6 +196,13 @@ impl Wire {
             cause,
         }
     }
+}
+
+fn add_frame(to: &mut Vec<u8>, message: &impl Serialize) -> Result<()> {
+    let body = encode(message)?;
+    to.extend_from_slice(&(body.len() as u32).to_le_bytes());
+    to.extend_from_slice(&body);
+    Ok(())
 }
 
 fn is_timeout(e: &io::Error) -> bool {

@@ -16,9 +16,11 @@
 //!         <-------------------- RoundDone
 //!   Postpone --------------------------->      if memory is to follow later
 //!         <-------------------- Postponed
+//!   Ahead ------------------------------>      at most once, behind them; no answer
 //!      (the program is stopped)
-//!   Files, Layout, Drops, Later, Final ->      all but what was written last,
-//!   Drops, Later ----------------------->      which comes meanwhile
+//!   Files, Layout, Drops, Later -------->      all but what was written last,
+//!   Final | Since ---------------------->      which comes meanwhile
+//!   Drops, Later ----------------------->
 //!   Pages, Block, Complete ------------->
 //!   Typed ------------------------------>      if it has a terminal
 //!         <------------------------ Ready      only a thaw is left
@@ -40,7 +42,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::Obstacle;
 use crate::id::{Id, Secret};
-use crate::image::{Final, Picture, Preview, Shipped};
+use crate::image::{Final, Picture, Preview, Shipped, Since};
 use crate::journal::Order;
 use crate::state::clock::Reading;
 use crate::state::fd::Input;
@@ -77,9 +79,14 @@ pub enum ToTarget {
     RoundEnd,
     /// As [`ToTarget::Final`], of a process that stands in for the program.
     Rehearse(Box<Final>),
+    /// As [`ToTarget::Final`], as far as it is known while the program runs: from its
+    /// first stop, and by what can be seen since.
+    Ahead(Box<Final>),
     /// All but the memory written last, which follows in pages while the target
     /// restores this.
     Final(Box<Final>),
+    /// The same, where little has changed since Ahead.
+    Since(Box<Since>),
     /// All of memory has come, and all of the shipped files, which are listed
     /// in the order in which they were asked for.
     Complete(Vec<Shipped>),

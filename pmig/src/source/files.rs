@@ -10,9 +10,9 @@ use crate::journal;
 use crate::protocol::message::{ToSource, ToTarget};
 use crate::protocol::Wire;
 use crate::report::Event;
-use crate::state::fd::FdTable;
 use crate::state::files::{FileSet, Ledger, Leftover, Link, Shipment, Sources, Use};
 use crate::state::memory::{Layout, MappedFile};
+use crate::state::objects::OpenFile;
 use crate::state::paths::FilePath;
 
 /// What was looked at already.
@@ -45,7 +45,7 @@ impl SourceFiles {
     }
 
     /// Notes what the program uses now; says whether there is anything new.
-    pub fn note(&mut self, exe: &FilePath, layout: &Layout, table: &FdTable) -> Result<bool> {
+    pub fn note(&mut self, exe: &FilePath, layout: &Layout, open: &[OpenFile]) -> Result<bool> {
         let mut new = false;
         let mut obstacles = Vec::new();
         let mut add = |seen: Seen, link: Link, path: &FilePath, how: Use| {
@@ -66,7 +66,7 @@ impl SourceFiles {
             let seen = Seen::Mapped(file.dev, file.inode, path.clone());
             add(seen, Link::Map { start, end }, &path, Use::Mapped)?;
         }
-        for open in table.files() {
+        for open in open {
             let how = if open.writable {
                 Use::Written
             } else {
@@ -120,32 +120,28 @@ impl SourceFiles {
         Ok(shipped.iter().map(|s| s.sent).sum())
     }
 
-    /// Sends the rest, while nobody writes.
-    /// `alive` is called again and again.
-    pub fn last_pass(
-        &mut self,
-        wire: &mut Wire,
-        alive: &mut dyn FnMut() -> Result<()>,
-    ) -> Result<Vec<Shipped>> {
+    /// What the target has of its own must still be what the program has here.
+    ///
+    /// # Errors
+    /// [`Error::Refused`], naming what is not.
+    pub fn check_unchanged(&self) -> Result<()> {
         let changed = self.sources.changed()?;
-        if !changed.is_empty() {
-            return Err(Error::Refused(
-                changed
-                    .into_iter()
-                    .map(|path| {
-                        Obstacle::new(
-                            path,
-                            "somebody changed it while the program was being copied",
-                            "try again",
-                        )
-                    })
-                    .collect(),
-            ));
+        if changed.is_empty() {
+            return Ok(());
         }
-        self.send(wire, alive)
+        let obstacle = |path| {
+            Obstacle::new(
+                path,
+                "somebody changed it while the program was being copied",
+                "try again",
+            )
+        };
+        Err(Error::Refused(changed.into_iter().map(obstacle).collect()))
     }
 
-    fn send(
+    /// Sends the rest, while the program does not write; something must be sent right
+    /// behind it. `alive` is called again and again.
+    pub fn send(
         &mut self,
         wire: &mut Wire,
         alive: &mut dyn FnMut() -> Result<()>,
@@ -160,7 +156,7 @@ impl SourceFiles {
                     offset,
                     len: bytes.len() as u32,
                 };
-                wire.send_with(&head, bytes)
+                wire.queue_with(&head, bytes)
             })?;
             all.push(Shipped {
                 sent: pass.sent,
@@ -202,8 +198,8 @@ impl Run<'_> {
     }
 
     /// Tells the target of files that are new, and hears which to send.
-    pub(super) fn sync_files(&mut self, layout: &Layout, table: &FdTable) -> Result<()> {
-        if !self.files.note(&self.preview.exe, layout, table)? {
+    pub(super) fn sync_files(&mut self, layout: &Layout, open: &[OpenFile]) -> Result<()> {
+        if !self.files.note(&self.preview.exe, layout, open)? {
             return Ok(());
         }
         let set = self.files.describe()?;

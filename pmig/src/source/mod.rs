@@ -6,6 +6,7 @@
 //! go when they are dropped, and the keeper does it when this process dies.
 //! From the commit on the records decide.
 
+mod ahead;
 mod files;
 mod last;
 mod later;
@@ -44,7 +45,7 @@ use crate::state::clock::{self, Clock, Difference, Reading};
 use crate::state::fd::{Beat, FdTable, Watch as FdWatch};
 use crate::state::memory::{self, Kernel, Tracker, Tracking, TrackingChoice, PAGE};
 use crate::state::paths::FilePath;
-use crate::state::pcb::{self, Backend, CaptureContext, MachineFacts, PcbChoice};
+use crate::state::pcb::{self, Backend, CaptureContext, MachineFacts, Pcb, PcbChoice};
 use crate::state::restart::{ProgramClock, Watch as RestartWatch};
 use crate::state::signals::Signals;
 use crate::tracee::{Ground, Stopped};
@@ -150,7 +151,13 @@ struct Run<'a> {
     files: SourceFiles,
     descriptors: FdWatch,
     difference: Difference,
+    /// As captured at the first stop.
+    known: Option<Pcb>,
+    /// What the target was told of it before the freeze.
+    told: Option<Final>,
     rounds: u32,
+    /// The last round was small, but took its time.
+    slow: bool,
     freeze: Freeze,
     /// For the freeze's parts.
     lap: Instant,
@@ -217,7 +224,7 @@ impl<'a> Run<'a> {
             .context("read the executable of", pid)?;
         let exe = FilePath::new(exe.into_os_string().into_encoded_bytes())?;
         let mut files = SourceFiles::new(pid)?;
-        files.note(&exe, &layout, &table)?;
+        files.note(&exe, &layout, &table.files())?;
         let preview = Preview {
             machine: MachineFacts::here()?,
             kernel: Kernel::here()?,
@@ -290,7 +297,10 @@ impl<'a> Run<'a> {
             files,
             descriptors,
             difference: Difference::default(),
+            known: None,
+            told: None,
             rounds: 0,
+            slow: false,
             freeze: Freeze::default(),
             lap: Instant::now(),
             laps: Laps::new(),
@@ -364,8 +374,10 @@ impl<'a> Run<'a> {
             keeper.stopped()?;
             let stopped_at = Instant::now();
             let mut stopped = Stopped::seize(self.pid)?.on(ground.clone());
-            restart.stopped(&stopped, self.program_clock()?)?;
+            let clock = self.program_clock()?;
+            restart.stopped(&stopped, clock)?;
             self.backend.first_stop(&mut stopped)?;
+            self.know_ahead(&mut stopped, &restart, clock);
             let tracker = Tracker::attach(&mut stopped, &self.tracking)?;
             stopped.settle()?;
             restart.going_on(&mut stopped)?;
@@ -402,8 +414,8 @@ impl<'a> Run<'a> {
         self.begin(Phase::Freeze);
         interrupt::check()?;
         b.keeper.enter(Phase::Freeze)?;
-        b.restart.before(self.pid);
         let ahead = clock::ahead(self.pid)?;
+        let pending = Pending::of(self.pid)?;
         let clock = ProgramClock {
             offset: ahead.monotonic,
         };
@@ -411,6 +423,8 @@ impl<'a> Run<'a> {
         // What is typed now waits with the holder.
         self.holder.as_mut().map_or(Ok(()), Holder::hold)?;
         b.keeper.stopped()?;
+        self.send_meanwhile(b)?;
+        b.restart.before(self.pid);
         self.lap = Instant::now();
         self.laps = Laps::new();
         let before = self.wire.sent;
@@ -434,9 +448,8 @@ impl<'a> Run<'a> {
         self.part("scan");
         let mut descriptors = self.descriptors.look(Beat::Stopped)?;
         self.descriptors.ask(&mut descriptors, &mut stopped)?;
-        self.sync_files(&b.tracker.layout, &descriptors)?;
+        self.sync_files(&b.tracker.layout, &descriptors.files())?;
         self.part("descriptors");
-        let pending = Pending::of(self.pid)?;
         let context = CaptureContext {
             watch: &b.restart,
             clock,
@@ -445,13 +458,11 @@ impl<'a> Run<'a> {
         self.part("pcb");
 
         self.signals = Some((pcb.signals.clone(), pending));
-        self.wire
-            .send(&ToTarget::Final(Box::new(Final {
-                pcb,
-                descriptors: descriptors.clone(),
-                clock: clock_there,
-            })))
-            .map_err(|e| self.better(e))?;
+        self.send_final(Final {
+            pcb,
+            descriptors: descriptors.clone(),
+            clock: clock_there,
+        })?;
         self.laps.add("sent");
         let found = match early {
             Some(found) => found,
@@ -468,9 +479,7 @@ impl<'a> Run<'a> {
         self.send_pages(&mut b.tracker, &found, &mut |_, _| keeper.alive())?;
         b.tracker.owes()?;
         self.part("pages");
-        let shipped = self
-            .files
-            .last_pass(&mut self.wire, &mut || b.keeper.alive())?;
+        let shipped = self.files.send(&mut self.wire, &mut || b.keeper.alive())?;
         if matches!(self.addr, Addr::File(_)) {
             self.send_pictures();
         }
@@ -481,6 +490,7 @@ impl<'a> Run<'a> {
         // All is on its way: what stands still can be put in order and looked at
         // meanwhile.
         stopped.settle()?;
+        self.files.check_unchanged()?;
         let obstacles = pcb::look_again(self.pid)?;
         if !obstacles.is_empty() {
             return Err(Error::Refused(obstacles));

@@ -19,6 +19,8 @@ use crate::sys::memory::keep_in;
 
 /// Rounds of the copy, at most.
 const MOST_ROUNDS: u32 = 30;
+/// Seconds that the last round must take for one more to make the freeze shorter.
+const WORTH_WHILE: f64 = 1e-3;
 /// Bytes that are read, and sent, at once.
 const PIECE: u64 = MAX_RAW as u64;
 
@@ -35,14 +37,14 @@ impl Run<'_> {
         let mut worse = 0;
         let mut budget = 0;
         let mut last_look = None;
-        loop {
+        let table = loop {
             let looked = Instant::now();
             let mut found = b.tracker.look()?;
             let table = self.descriptors.look(Beat::Running)?;
             if table.reads_past_the_cache() {
                 b.tracker.distrust();
             }
-            self.sync_files(&b.tracker.layout, &table)?;
+            self.sync_files(&b.tracker.layout, &table.files())?;
             let bytes = found.bytes();
             // What was written since the last look, over that time.
             let dirty_rate =
@@ -69,12 +71,13 @@ impl Run<'_> {
             let rate = self.round(&mut b.tracker, &found, dirty_rate)?;
             fault::point(Phase::Copy, Role::Source, || self.wire.link().cut());
             if !b.tracker.tracks() || self.postponed {
-                break;
+                break table;
             }
             budget = (rate as f64 * self.options.max_freeze.as_secs_f64() / 2.0) as u64;
             budget = budget.max(16 * PAGE);
             if self.rounds > 1 && bytes <= budget {
-                break;
+                self.slow = bytes as f64 / rate as f64 > WORTH_WHILE;
+                break table;
             }
             if worse >= 3 || self.rounds >= MOST_ROUNDS {
                 self.progress.event(&Event::Note {
@@ -84,14 +87,28 @@ impl Run<'_> {
                         size(bytes)
                     ),
                 });
-                break;
+                break table;
             }
-        }
+        };
         self.compare_clocks()?;
         self.descriptors.recheck()?;
         self.holder = holder::find(self.pid)?;
+        self.send_ahead(table, &b.tracker.layout)?;
         self.ended(Phase::Copy, format!("{} rounds", self.rounds), begun);
         Ok(())
+    }
+
+    /// What was written since the last round: little, and nobody waits until it has
+    /// come, so that still less is left when the program stops.
+    pub(super) fn send_meanwhile(&mut self, b: &mut Building) -> Result<()> {
+        if !self.slow {
+            return Ok(());
+        }
+        let found = b.tracker.look()?;
+        self.send_layout(&b.tracker, &found)?;
+        self.send_drops(&found)?;
+        let keeper = &mut b.keeper;
+        self.send_pages(&mut b.tracker, &found, &mut |_, _| keeper.alive())
     }
 
     /// One round; returns its rate in bytes per second.
@@ -150,6 +167,8 @@ impl Run<'_> {
         if found.steps.is_empty() {
             return Ok(());
         }
+        // What is mapped must be known to be the same file there.
+        self.sync_files(&tracker.layout, &[])?;
         self.wire
             .send(&ToTarget::Layout(tracker.layout.clone()))
             .map_err(|e| self.better(e))

@@ -65,10 +65,13 @@ use number::*;
 /// Individually controlled, and one of: disabled, force-disabled, disabled
 /// until exec (`<linux/prctl.h>`, PR_SPEC_*).
 const SPEC_PRCTL: u32 = 1;
+const SPEC_ENABLE: u32 = 2;
 const SPEC_CHANGED: u32 = 4 | 8 | 16;
 const SPECULATIONS: [u64; 3] = [0, 1, 2];
 /// The only component that needs a permission so far: AMX tiles.
 const XTILE_DATA: u64 = 18;
+/// personality(2): what is mapped to be read can be executed.
+const READ_IMPLIES_EXEC: u32 = 0x40_0000;
 const DUMP_USER: u32 = 1;
 const DUMP_ROOT: u32 = 2;
 
@@ -255,33 +258,56 @@ impl Attributes {
         }
     }
 
-    /// The first beat, while the process is root and may do everything.
+    /// As far as it can be set while the husk's address space may still change and
+    /// its parent is not found yet.
+    pub fn ahead(&self) -> Attributes {
+        Attributes {
+            personality: self.personality & !READ_IMPLIES_EXEC,
+            dumpable: DUMP_USER,
+            // Until it is the program it is the first to go when memory runs out.
+            oom_score_adj: 1000,
+            parent_death_signal: 0,
+            mdwe: 0,
+            ..self.clone()
+        }
+    }
+
+    /// The first beat, while the process is root and may do everything: sets what
+    /// differs from `now`, its own at present (`None`: those of a new process).
     ///
     /// # Errors
     /// As [`Attributes::check`].
-    pub fn restore(&self, batch: &mut Batch) -> Result<()> {
+    pub fn restore(&self, batch: &mut Batch, now: Option<&Attributes>) -> Result<()> {
         self.check()?;
-        if self.xstate_permission >> XTILE_DATA & 1 == 1 {
+        if self.xstate_permission >> XTILE_DATA & 1 == 1
+            && now.is_none_or(|n| n.xstate_permission != self.xstate_permission)
+        {
             batch.call(
                 "ask for the vector state permission",
                 libc::SYS_arch_prctl,
                 &[ARCH_REQ_XCOMP_PERM.into(), XTILE_DATA.into()],
             );
         }
-        let mut name = self.comm.clone();
-        name.resize(16, 0);
-        let name = batch.data(&name);
-        batch.call(
-            "set the name",
-            libc::SYS_prctl,
-            &[libc::PR_SET_NAME.into(), name.into()],
-        );
-        batch.call(
-            "set the personality",
-            libc::SYS_personality,
-            &[self.personality.into()],
-        );
-        batch.may_fail("set the umask", libc::SYS_umask, &[self.umask.into()]);
+        if now.is_none_or(|n| n.comm != self.comm) {
+            let mut name = self.comm.clone();
+            name.resize(16, 0);
+            let name = batch.data(&name);
+            batch.call(
+                "set the name",
+                libc::SYS_prctl,
+                &[libc::PR_SET_NAME.into(), name.into()],
+            );
+        }
+        if now.is_none_or(|n| n.personality != self.personality) {
+            batch.call(
+                "set the personality",
+                libc::SYS_personality,
+                &[self.personality.into()],
+            );
+        }
+        if now.is_none_or(|n| n.umask != self.umask) {
+            batch.may_fail("set the umask", libc::SYS_umask, &[self.umask.into()]);
+        }
         let mut set = |what, option: i32, a: u64, b: u64| {
             batch.call(
                 what,
@@ -289,21 +315,26 @@ impl Attributes {
                 &[option.into(), a.into(), b.into(), 0u64.into(), 0u64.into()],
             );
         };
-        set(
-            "set the subreaper setting",
-            libc::PR_SET_CHILD_SUBREAPER,
-            self.child_subreaper as u64,
-            0,
-        );
-        if self.thp_disable != 0 {
+        let fresh = Attributes::fresh();
+        let now = now.unwrap_or(&fresh);
+        if self.child_subreaper != now.child_subreaper {
+            set(
+                "set the subreaper setting",
+                libc::PR_SET_CHILD_SUBREAPER,
+                self.child_subreaper as u64,
+                0,
+            );
+        }
+        if self.thp_disable != now.thp_disable {
             set(
                 "set the thp setting",
                 libc::PR_SET_THP_DISABLE,
-                1,
+                (self.thp_disable != 0) as u64,
                 (self.thp_disable & !1) as u64,
             );
         }
-        if self.timer_slack != 0 {
+        if self.timer_slack != now.timer_slack {
+            // 0: that of its birth.
             set(
                 "set the timer slack",
                 libc::PR_SET_TIMERSLACK,
@@ -311,23 +342,34 @@ impl Attributes {
                 0,
             );
         }
-        if self.tsc == 2 {
-            set("set the tsc setting", libc::PR_SET_TSC, 2, 0);
+        if self.tsc != now.tsc {
+            set("set the tsc setting", libc::PR_SET_TSC, self.tsc.into(), 0);
         }
-        if self.mce_kill < 2 {
-            // PR_MCE_KILL_SET (1), then PR_MCE_KILL_LATE (0) or _EARLY (1).
+        if self.mce_kill != now.mce_kill {
+            // PR_MCE_KILL_CLEAR (0), or PR_MCE_KILL_SET (1) and then
+            // PR_MCE_KILL_LATE (0) or _EARLY (1).
+            let how = match self.mce_kill {
+                how @ (0 | 1) => Some(how),
+                _ => None,
+            };
             set(
                 "set the mce policy",
                 libc::PR_MCE_KILL,
-                1,
-                self.mce_kill as u64,
+                how.is_some() as u64,
+                how.unwrap_or(0) as u64,
             );
         }
-        if self.memory_merge {
-            set("set memory merging", PR_SET_MEMORY_MERGE, 1, 0);
+        if self.memory_merge != now.memory_merge {
+            let merge = self.memory_merge as u64;
+            set("set memory merging", PR_SET_MEMORY_MERGE, merge, 0);
         }
-        for (which, state) in SPECULATIONS.iter().zip(self.speculation) {
-            if state & SPEC_CHANGED != 0 {
+        let speculation = self.speculation.iter().zip(now.speculation);
+        for (which, (state, now)) in SPECULATIONS.iter().zip(speculation) {
+            if *state != now {
+                let wanted = match state & SPEC_CHANGED {
+                    0 => SPEC_ENABLE,
+                    changed => changed,
+                };
                 // A processor that is not affected refuses, and needs nothing.
                 batch.may_fail(
                     "set the speculation control",
@@ -335,26 +377,39 @@ impl Attributes {
                     &[
                         libc::PR_SET_SPECULATION_CTRL.into(),
                         (*which).into(),
-                        (state & SPEC_CHANGED).into(),
+                        wanted.into(),
                         0u64.into(),
                         0u64.into(),
                     ],
                 );
             }
         }
-        if self.cpuid_faults {
+        if self.cpuid_faults != now.cpuid_faults {
             batch.call(
-                "make cpuid fault",
+                "let cpuid fault, or not",
                 libc::SYS_arch_prctl,
-                &[ARCH_SET_CPUID.into(), 0u64.into()],
+                &[ARCH_SET_CPUID.into(), (!self.cpuid_faults as u64).into()],
             );
         }
         Ok(())
     }
 
+    /// What a process is born with, as far as [`Attributes::restore`] asks.
+    fn fresh() -> Attributes {
+        Attributes {
+            tsc: 1,
+            mce_kill: 2,
+            ..Attributes::default()
+        }
+    }
+
     /// The second beat: what a change of credentials resets, and what cannot
-    /// be taken back.
-    pub fn restore_late(&self, batch: &mut Batch) {
+    /// be taken back. `now` as in [`Attributes::restore`], `None` after such a change.
+    pub fn restore_late(&self, batch: &mut Batch, now: Option<&Attributes>) {
+        let late = |a: &Attributes| (a.dumpable, a.parent_death_signal, a.mdwe);
+        if now.is_some_and(|n| late(n) == late(self)) {
+            return;
+        }
         let mut set = |what, option: i32, a: u64| {
             batch.call(
                 what,
@@ -390,14 +445,20 @@ impl Attributes {
     /// # Errors
     /// [`Error::Os`]: lowering oom_score_adj below what `pmig serve` was
     /// started with wants CAP_SYS_RESOURCE.
-    pub fn restore_outside(&self, pid: i32) -> Result<()> {
+    pub fn restore_outside(&self, pid: i32, now: Option<&Attributes>) -> Result<()> {
         self.check()?;
-        let score = write(pid, "oom_score_adj", &self.oom_score_adj.to_string());
-        if score.is_err() && number_in(pid, "oom_score_adj", 10)? != i64::from(self.oom_score_adj) {
-            return score;
+        if now.is_none_or(|n| n.oom_score_adj != self.oom_score_adj) {
+            let score = write(pid, "oom_score_adj", &self.oom_score_adj.to_string());
+            let wanted = i64::from(self.oom_score_adj);
+            if score.is_err() && number_in(pid, "oom_score_adj", 10)? != wanted {
+                return score;
+            }
         }
-        let filter = format!("{:#x}", self.coredump_filter);
-        write(pid, "coredump_filter", &filter)
+        if now.is_none_or(|n| n.coredump_filter != self.coredump_filter) {
+            let filter = format!("{:#x}", self.coredump_filter);
+            write(pid, "coredump_filter", &filter)?;
+        }
+        Ok(())
     }
 }
 
@@ -423,7 +484,7 @@ mod tests {
         assert!(!a.comm.is_empty());
         assert!(a.coredump_filter != 0);
         a.check().unwrap();
-        a.restore_outside(std::process::id() as i32).unwrap();
+        a.restore_outside(std::process::id() as i32, None).unwrap();
     }
 
     #[test]
@@ -439,7 +500,7 @@ mod tests {
         ] {
             let mut a = Attributes::default();
             spoil(&mut a);
-            assert!(a.restore(&mut b).is_err(), "{a:?}");
+            assert!(a.restore(&mut b, None).is_err(), "{a:?}");
         }
         assert!(b.is_empty());
     }

@@ -97,12 +97,23 @@ impl Bounds {
         Ok(())
     }
 
+    /// Sets them unless they are `now`, the process's own at present.
+    ///
+    /// # Errors
+    /// As [`Bounds::check`].
+    pub fn restore(&self, batch: &mut Batch, now: Option<&Bounds>) -> Result<()> {
+        if now == Some(self) {
+            return Ok(());
+        }
+        self.set(batch, None)
+    }
+
     /// `exe` is a descriptor of the process for what `/proc/PID/exe` shall
     /// show; nothing of the old executable may be mapped any more then.
     ///
     /// # Errors
     /// As [`Bounds::check`].
-    pub fn restore(&self, batch: &mut Batch, exe: Option<i32>) -> Result<()> {
+    pub fn set(&self, batch: &mut Batch, exe: Option<i32>) -> Result<()> {
         self.check()?;
         let auxv = batch.data(&self.auxv);
         let exe = exe.map_or(u32::MAX, |fd| fd as u32);
@@ -167,7 +178,9 @@ mod tests {
             assert!(bad.restore(&mut b, None).is_err(), "{bad:?}");
         }
         assert!(b.is_empty());
-        good.restore(&mut b, Some(3)).unwrap();
+        good.restore(&mut b, Some(&good)).unwrap();
+        assert!(b.is_empty(), "nothing differs");
+        good.set(&mut b, Some(3)).unwrap();
         assert!(!b.is_empty());
     }
 }

@@ -25,6 +25,13 @@ impl Reading {
         }
     }
 
+    pub fn after(self, nanoseconds: i64) -> Reading {
+        self.plus(Reading {
+            monotonic: nanoseconds,
+            boottime: nanoseconds,
+        })
+    }
+
     pub fn minus(self, other: Reading) -> Reading {
         Reading {
             monotonic: self.monotonic.wrapping_sub(other.monotonic),
@@ -38,6 +45,11 @@ impl Reading {
             boottime: self.boottime.wrapping_add(other.boottime),
         }
     }
+}
+
+/// How long this thread has had a processor, in nanoseconds.
+pub fn own_time() -> i64 {
+    timens::clock(libc::CLOCK_THREAD_CPUTIME_ID) as i64
 }
 
 fn coarse() -> i64 {
@@ -103,15 +115,32 @@ impl Clock {
         Reading::now().plus(self.ahead)
     }
 
-    /// Sets the clocks of a time namespace, for the husk to enter then.
-    /// Afterwards `ahead` is exact.
-    pub fn restore(&mut self, namespace: &Namespace) -> Result<()> {
+    /// By how much the program would see its clocks step back at this moment.
+    fn back(&self) -> Reading {
         let back = self.at_stop.minus(self.now());
         let coarse = coarse().wrapping_add(self.ahead.monotonic);
         let back_coarse = self.coarse.wrapping_sub(coarse);
-        let monotonic = back.monotonic.max(back_coarse).max(0);
-        self.ahead.monotonic = self.ahead.monotonic.wrapping_add(monotonic);
-        self.ahead.boottime = self.ahead.boottime.wrapping_add(back.boottime.max(0));
+        Reading {
+            monotonic: back.monotonic.max(back_coarse).max(0),
+            boottime: back.boottime.max(0),
+        }
+    }
+
+    /// Whether a time namespace that was set before the program stopped, by `ahead`,
+    /// is as good as one that is set now.
+    pub fn is_kept_by(&self, ahead: &Clock) -> bool {
+        self.ahead == ahead.ahead && self.back() == Reading::default()
+    }
+
+    /// Sets the clocks of a time namespace, for the husk to enter then.
+    /// Afterwards `ahead` is exact.
+    pub fn restore(&mut self, namespace: &Namespace) -> Result<()> {
+        self.ahead = self.ahead.plus(self.back());
+        self.set(namespace)
+    }
+
+    /// The same while the program still runs at the source.
+    pub fn set(&self, namespace: &Namespace) -> Result<()> {
         let absolute = namespace.own.plus(self.ahead);
         let (monotonic, boottime) = (absolute.monotonic as i128, absolute.boottime as i128);
         timens::set_offsets(&namespace.offsets, monotonic, boottime)
@@ -135,7 +164,19 @@ impl Namespace {
     /// # Errors
     /// Those of unshare(2) and of procfs.
     pub fn make() -> Result<Namespace> {
-        let own = offsets("self")?;
+        Namespace::of(offsets("self")?)
+    }
+
+    /// Another one, by the thread that made this.
+    ///
+    /// # Errors
+    /// As [`Namespace::make`].
+    pub fn another(&self) -> Result<Namespace> {
+        // Of this process the kernel tells what its children will have.
+        Namespace::of(self.own)
+    }
+
+    fn of(own: Reading) -> Result<Namespace> {
         timens::unshare().context("make", "a time namespace")?;
         Ok(Namespace {
             namespace: timens::open().context("open", "the time namespace")?,
@@ -186,6 +227,30 @@ impl Difference {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_namespace_set_ahead_is_kept_unless_time_would_step_back() {
+        let told = Clock::capture(Reading::default(), Reading::default());
+        let stopped = Clock::capture(Reading::default(), Reading::default());
+        assert!(stopped.is_kept_by(&told));
+        let other = Clock {
+            ahead: Reading::default().after(1),
+            ..stopped
+        };
+        assert!(!other.is_kept_by(&told), "it is to be another time");
+        for late in [
+            Clock {
+                at_stop: stopped.at_stop.after(1_000_000_000),
+                ..stopped
+            },
+            Clock {
+                coarse: stopped.coarse + 1_000_000_000,
+                ..stopped
+            },
+        ] {
+            assert!(!late.is_kept_by(&told), "the program saw a later time");
+        }
+    }
 
     #[test]
     fn the_quickest_answer_counts() {

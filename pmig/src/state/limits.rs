@@ -132,18 +132,50 @@ impl Limits {
             .collect()
     }
 
+    /// # Errors
+    /// [`Error::Bad`] for limits that are none.
+    fn check(&self) -> Result<()> {
+        if self.0.len() != NAMES.len() || self.0.iter().any(|l| l.soft > l.hard) {
+            return Err(Error::bad("resource limits", "not what a kernel tells"));
+        }
+        Ok(())
+    }
+
+    /// Whether those of memory differ from `now`.
+    pub fn differ_in_memory(&self, now: &Limits) -> bool {
+        let of_memory = [libc::RLIMIT_DATA, libc::RLIMIT_AS].map(|n| n as usize);
+        self.different(now).any(|(n, _)| of_memory.contains(&n))
+    }
+
+    /// Those that differ from `now`, by number.
+    fn different<'a>(&'a self, now: &'a Limits) -> impl Iterator<Item = (usize, &'a Limit)> {
+        let both = self.0.iter().zip(&now.0).enumerate();
+        both.filter_map(|(n, (want, have))| (want != have).then_some((n, want)))
+    }
+
+    /// Sets from outside those that differ from `now`, the process's own at present.
+    /// It must be of the same user.
+    ///
+    /// # Errors
+    /// [`Error::Bad`] for limits that are none; prlimit(2)'s.
+    pub fn restore_outside(&self, pid: i32, now: &Limits) -> Result<()> {
+        self.check()?;
+        self.different(now).try_for_each(|(n, want)| {
+            limits::set(pid, n as u32, (want.soft, want.hard)).map_err(|cause| Error::Os {
+                op: NAMES_OF_CALLS[n],
+                object: format!("of process {pid}"),
+                cause,
+            })
+        })
+    }
+
     /// Sets those that differ from `now`, the process's own at present.
     ///
     /// # Errors
     /// [`Error::Bad`] for limits that are none.
     pub fn restore(&self, batch: &mut Batch, now: &Limits) -> Result<()> {
-        if self.0.len() != NAMES.len() || self.0.iter().any(|l| l.soft > l.hard) {
-            return Err(Error::bad("resource limits", "not what a kernel tells"));
-        }
-        for (n, (want, have)) in self.0.iter().zip(&now.0).enumerate() {
-            if want == have {
-                continue;
-            }
+        self.check()?;
+        for (n, want) in self.different(now) {
             let value = batch.data(&bytes_of(&[want.soft, want.hard]));
             batch.call(
                 NAMES_OF_CALLS[n],

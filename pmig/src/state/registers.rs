@@ -152,6 +152,8 @@ pub struct Rseq {
     pub signature: u32,
 }
 
+/// RSEQ_FLAG_UNREGISTER of `<linux/rseq.h>`.
+const RSEQ_UNREGISTER: u64 = 1;
 /// `sizeof(struct robust_list_head)`, the only length that the kernel takes.
 const ROBUST_LIST_HEAD: u64 = 24;
 
@@ -176,9 +178,12 @@ impl UserAreas {
         })
     }
 
+    /// Sets what differs from `now`, the process's own at present (`None`: it has
+    /// none).
+    ///
     /// # Errors
     /// [`Error::Bad`] for addresses that no program can have.
-    pub fn restore(&self, batch: &mut Batch) -> Result<()> {
+    pub fn restore(&self, batch: &mut Batch, now: Option<&UserAreas>) -> Result<()> {
         let areas = [
             self.rseq.map_or(0, |r| r.address),
             self.robust_list,
@@ -187,30 +192,38 @@ impl UserAreas {
         if areas.iter().any(|a| *a >= TASK_SIZE) {
             return Err(Error::bad("thread areas", "an address is out of range"));
         }
-        if let Some(r) = self.rseq {
-            batch.call(
-                "rseq",
-                libc::SYS_rseq,
-                &[
-                    r.address.into(),
-                    r.size.into(),
-                    0u64.into(),
-                    r.signature.into(),
-                ],
-            );
+        let mut register = |what, r: Rseq, flags: u64| {
+            let args = [
+                r.address.into(),
+                r.size.into(),
+                flags.into(),
+                r.signature.into(),
+            ];
+            batch.call(what, libc::SYS_rseq, &args);
+        };
+        let rseq = now.and_then(|n| n.rseq);
+        if self.rseq != rseq {
+            if let Some(before) = rseq {
+                register("unregister rseq", before, RSEQ_UNREGISTER);
+            }
+            if let Some(r) = self.rseq {
+                register("rseq", r, 0);
+            }
         }
-        if self.robust_list != 0 {
+        if self.robust_list != now.map_or(0, |n| n.robust_list) {
             batch.call(
                 "set_robust_list",
                 libc::SYS_set_robust_list,
                 &[self.robust_list.into(), ROBUST_LIST_HEAD.into()],
             );
         }
-        batch.call(
-            "set_tid_address",
-            libc::SYS_set_tid_address,
-            &[self.tid_address.into()],
-        );
+        if now.is_none_or(|n| n.tid_address != self.tid_address) {
+            batch.call(
+                "set_tid_address",
+                libc::SYS_set_tid_address,
+                &[self.tid_address.into()],
+            );
+        }
         Ok(())
     }
 }

@@ -89,6 +89,16 @@ pub struct Queues {
     shared: Vec<SigInfo>,
 }
 
+/// What a process does about signals at present.
+#[derive(Clone, Copy)]
+pub enum Now<'a> {
+    /// Nobody knows, but it has no signal stack.
+    Unknown,
+    /// As a new one does.
+    Defaults,
+    Known(&'a Signals),
+}
+
 /// Questions that only the process can answer.
 pub struct Asked {
     actions: Vec<Slot>,
@@ -169,22 +179,34 @@ impl Signals {
         Ok(())
     }
 
-    /// Actions, signal stack and queues; the mask goes last, with the
-    /// registers. `now` is the status of the process: where it has nothing but
-    /// default actions, those are not set again. Handlers come before queues: a signal that is set to be
-    /// ignored is thrown out of them.
+    /// Without what comes at the end only.
+    pub fn ahead(&self) -> Signals {
+        Signals {
+            private: Vec::new(),
+            shared: Vec::new(),
+            ..self.clone()
+        }
+    }
+
+    /// Actions and signal stack, where they differ from `now`, what the process has
+    /// at present, and queues, which it has none of; the mask goes last, with the
+    /// registers. Handlers come before queues: a signal that is set to be ignored is
+    /// thrown out of them.
     ///
     /// # Errors
     /// [`Error::Bad`] for what no kernel would have told, [`Error::Refused`]
     /// for a queued signal that cannot be sent from inside.
-    pub fn restore(&self, batch: &mut Batch, now: &Status) -> Result<()> {
+    pub fn restore(&self, batch: &mut Batch, pid: i32, now: Now<'_>) -> Result<()> {
         self.check()?;
-        let pid = now.pid;
-        let untouched = now.ignored | now.caught == 0;
+        let stands = |i: usize, a: &Action| match now {
+            Now::Unknown => false,
+            Now::Defaults => *a == Action::default(),
+            Now::Known(now) => now.actions.get(i) == Some(a),
+        };
         for (i, a) in self.actions.iter().enumerate() {
             let signal = i as i32 + 1;
             let fixed = signal == libc::SIGKILL || signal == libc::SIGSTOP;
-            if fixed || untouched && *a == Action::default() {
+            if fixed || stands(i, a) {
                 continue;
             }
             let words = batch.data(&bytes_of(&[a.handler, a.flags, a.restorer, a.mask]));
@@ -194,7 +216,14 @@ impl Signals {
                 &[signal.into(), words.into(), 0u64.into(), SET.into()],
             );
         }
-        self.restore_altstack(batch);
+        let before = match now {
+            Now::Known(now) => now.altstack,
+            Now::Unknown | Now::Defaults => AltStack {
+                flags: SS_DISABLE,
+                ..AltStack::default()
+            },
+        };
+        self.restore_altstack(batch, &before);
         for (queue, private) in [(&self.private, true), (&self.shared, false)] {
             for info in queue {
                 send(batch, pid, info, private)?;
@@ -203,10 +232,11 @@ impl Signals {
         Ok(())
     }
 
-    fn restore_altstack(&self, batch: &mut Batch) {
+    fn restore_altstack(&self, batch: &mut Batch, now: &AltStack) {
         let s = &self.altstack;
-        if s.flags & SS_DISABLE != 0 {
-            // What a new process has; the kernel takes no address with it.
+        // The kernel takes no address with that.
+        let disabled = |s: &AltStack| s.flags & SS_DISABLE != 0;
+        if s == now || disabled(s) && disabled(now) {
             return;
         }
         let stack = batch.data(&bytes_of(&[s.base, s.flags as u64, s.size]));
@@ -330,7 +360,6 @@ mod tests {
             assert!(send(&mut b, 1, &info(signal, 0), true).is_err(), "{signal}");
         }
         assert!(send(&mut b, 1, &info(libc::SIGSTOP, 0), false).is_err());
-        let me = Status::read(std::process::id() as i32).unwrap();
-        assert!(Signals::default().restore(&mut b, &me).is_err());
+        assert!(Signals::default().restore(&mut b, 1, Now::Unknown).is_err());
     }
 }

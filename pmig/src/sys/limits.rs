@@ -25,6 +25,29 @@ pub fn get(pid: i32, resource: u32) -> io::Result<(u64, u64)> {
     Ok((limit[0], limit[1]))
 }
 
+/// Sets soft and hard limit of a process.
+///
+/// # Errors
+/// EPERM where it is another user's, or its hard limit is to be raised, without
+/// CAP_SYS_RESOURCE; ESRCH.
+pub fn set(pid: i32, resource: u32, (soft, hard): (u64, u64)) -> io::Result<()> {
+    let limit = [soft, hard];
+    // SAFETY: limit is as large as struct rlimit64; nothing is read back.
+    let r = unsafe {
+        libc::syscall(
+            libc::SYS_prlimit64,
+            pid,
+            resource,
+            limit.as_ptr(),
+            null::<u64>(),
+        )
+    };
+    if r < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
 /// This process's securebits (PR_GET_SECUREBITS).
 pub fn securebits() -> u32 {
     // SAFETY: numbers only.

@@ -5,7 +5,7 @@ use std::io::{self, Write};
 use std::os::fd::AsRawFd;
 
 /// Gives the children-to-be of this thread's process a new time namespace.
-/// Works once, in the main thread or a single-threaded process.
+/// In the main thread or a single-threaded process.
 pub fn unshare() -> io::Result<()> {
     // SAFETY: a number only; it concerns children that are made later.
     if unsafe { libc::unshare(libc::CLONE_NEWTIME) } == 0 {

@@ -15,7 +15,6 @@ use crate::journal::Committed;
 use crate::phase::Phase;
 use crate::protocol::message::{ToSource, ToTarget, MAX_RAW};
 use crate::protocol::Wire;
-use crate::state::clock::Namespace;
 use crate::sys::{pidfd, uffd};
 use crate::tracee::Batch;
 
@@ -43,7 +42,7 @@ impl Building {
         let log = Log::new()?;
         let guard = Guard::start(self.record.record().id, &log, &[Some(&ours)])?;
         // The first who is born into a time namespace fixes it: that was the guard.
-        self.time = Namespace::make()?;
+        self.time = self.time.another()?;
         self.filler = Some(Filler::new(log, guard, vec![Some(ours)])?);
         wire.send(&ToSource::Postponed)
     }

@@ -5,6 +5,7 @@
 //! recorded every way out ends the husk; after it the husk is the program, and
 //! whoever comes later repeats the thaw.
 
+mod ahead;
 mod content;
 mod files;
 mod holder;
@@ -33,10 +34,10 @@ use crate::policy::Policy;
 use crate::proc::status::Status;
 use crate::protocol::message::{Accepted, Hello, Ready, ToSource, ToTarget, MAX_RAW};
 use crate::protocol::Wire;
-use crate::state::clock::{Namespace, Reading};
-use crate::state::fd::{FdTable, Opened, Shape, Whose};
+use crate::state::clock::{own_time, Namespace, Reading};
+use crate::state::fd::{FdTable, Opened, Shape};
 use crate::state::memory::{Kernel, Layout};
-use crate::state::pcb::{self, Backend, Fresh, MachineFacts, PcbChoice};
+use crate::state::pcb::{self, Backend, MachineFacts, PcbChoice, Present};
 use crate::state::restart::ProgramClock;
 use crate::sys::limits::raise_descriptors;
 use crate::sys::memory::{keep_in, peak};
@@ -44,6 +45,7 @@ use crate::sys::pidfd;
 use crate::sys::spawn::Parent;
 use crate::tracee::Batch;
 use crate::transport::Addr;
+use ahead::Ahead;
 use files::TargetFiles;
 
 /// How long the source may take for its next word while its program runs.
@@ -249,7 +251,9 @@ fn short_of_memory(preview: &Preview, host: &str) -> Result<Option<Obstacle>> {
 /// What exists from the build on.
 struct Building {
     husk: Option<Husk>,
-    fresh: Fresh,
+    present: Present,
+    /// What was restored to it before the program stopped.
+    ahead: Option<Ahead>,
     /// For the rehearsal.
     stand_in: Option<Husk>,
     time: Namespace,
@@ -328,12 +332,12 @@ impl Building {
                 let exe = files.open(&preview.exe)?;
                 husk.run_from(exe.as_fd(), &preview.bounds)?;
                 husk.stopped().find_way_out()?;
-                let fresh = Fresh::of(pid)?;
+                let present = Present::fresh(pid)?;
                 let descriptors = Opened::open(preview.descriptors.clone(), files.opener())?;
                 holder.give(pid, hello.id, &descriptors.masters())?;
                 Ok((
                     husk,
-                    fresh,
+                    present,
                     stand_in,
                     time,
                     record,
@@ -343,10 +347,11 @@ impl Building {
                 ))
             })();
         match r {
-            Ok((husk, fresh, stand_in, time, record, descriptors, holder, mapped)) => {
+            Ok((husk, present, stand_in, time, record, descriptors, holder, mapped)) => {
                 Ok(Building {
                     husk: Some(husk),
-                    fresh,
+                    present,
+                    ahead: None,
                     stand_in,
                     time,
                     frozen: None,
@@ -381,7 +386,7 @@ impl Building {
         self.buf = vec![0; MAX_RAW];
         // The bulk of the files comes in the first round.
         let mut synced = false;
-        loop {
+        let last = loop {
             watch_over(PATIENCE);
             match wire.recv()? {
                 ToTarget::Ping => wire.send(&ToSource::Pong(Reading::now()))?,
@@ -402,23 +407,28 @@ impl Building {
                     }
                     wire.send(&ToSource::RoundDone)?;
                 }
-                ToTarget::Postpone => self.postpone(wire)?,
+                ToTarget::Postpone if self.ahead.is_none() => self.postpone(wire)?,
                 ToTarget::Later(runs) => self.later(&runs)?,
                 ToTarget::Rehearse(last) => self.rehearse(&last, backend),
-                ToTarget::Final(last) => {
-                    self.laps = Laps::new();
-                    fault::point(Phase::Freeze, Role::Target, || wire.link().cut());
-                    return Ok(last);
-                }
+                ToTarget::Ahead(known) => self.restore_ahead(*known, backend)?,
+                ToTarget::Final(last) => break last,
+                ToTarget::Since(since) => break Box::new(self.put_together(*since)?),
                 other => return Err(out_of_turn(wire, &other)),
             }
-        }
+        };
+        self.laps = Laps::new();
+        fault::point(Phase::Freeze, Role::Target, || wire.link().cut());
+        Ok(last)
     }
 
     fn adopt(&mut self, layout: &Layout) -> Result<()> {
         layout.check()?;
         self.files.open_mapped(layout, &mut self.mapped)?;
         let husk = self.husk.as_mut().ok_or_else(no_husk)?;
+        if let Some(ahead) = &mut self.ahead {
+            ahead.descriptors_go();
+            self.present.leave_rseq(husk.stopped())?;
+        }
         husk.adopt(layout, &self.mapped)
     }
 
@@ -438,23 +448,20 @@ impl Building {
             descriptors,
             mut clock,
         } = last;
-        self.open_descriptors(descriptors)?;
+        let shape = self.open_descriptors(descriptors)?;
         self.find_parent(&pcb)?;
         self.laps.add("files opened");
-        let husk = self.husk.as_mut().ok_or_else(no_husk)?;
-        clock.restore(&self.time)?;
         let mut batch = Batch::new();
-        Husk::enter_time(&mut batch, self.time.as_fd());
-        let own = std::process::id() as i32;
-        let installation = self.descriptors.install(own, &mut batch, Whose::Program);
+        let installation = self.what_differs(&mut clock, shape, &mut batch)?;
         self.laps.add("descriptors and time");
         part(&mut times.descriptors);
 
         let clock = ProgramClock {
             offset: clock.ahead.monotonic,
         };
-        let done = backend.restore(husk.stopped(), batch, &pcb, &self.fresh)?;
-        installation.check(&done)?;
+        let husk = self.husk.as_mut().ok_or_else(no_husk)?;
+        let done = backend.restore(husk.stopped(), batch, &pcb, &mut self.present)?;
+        installation.map_or(Ok(()), |i| i.check(&done))?;
         self.laps.add("pcb");
         part(&mut times.pcb);
 
@@ -481,13 +488,15 @@ impl Building {
         Ok(times)
     }
 
-    fn open_descriptors(&mut self, table: FdTable) -> Result<()> {
+    fn open_descriptors(&mut self, table: FdTable) -> Result<Shape> {
         let shape = self.descriptors.finish(table, self.files.opener())?;
         let (terminals, record) = (self.descriptors.masters(), self.record.record());
-        match (&mut self.holder, terminals.is_empty(), shape) {
-            (Some(holder), false, Shape::Changed) => holder.give(record.pid, record.id, &terminals),
-            _ => Ok(()),
+        if let (Some(holder), Shape::Changed) = (&mut self.holder, shape) {
+            if !terminals.is_empty() {
+                holder.give(record.pid, record.id, &terminals)?;
+            }
         }
+        Ok(shape)
     }
 
     /// Says that all is ready, and waits for the order.
@@ -503,6 +512,8 @@ impl Building {
         self.holder_lives()?;
         let peak = peak();
         wire.send(&ToSource::Ready(Ready { peak, ..times }))?;
+        // While the source hears it.
+        self.descriptors.close();
         fault::point(Phase::Ready, Role::Target, || wire.link().cut());
         match wire.recv()? {
             ToTarget::Commit(order) => {
@@ -529,13 +540,15 @@ impl Building {
             ..
         } = self;
         laps.add("recorded");
-        // While this lives, so do both ends of every pipe.
-        drop(descriptors);
         let placed = files.place();
         laps.add("files in place");
         let held = frozen.ok_or_else(no_husk)?;
+        let (at, spent) = (Reading::now(), own_time());
         let running = committed.thaw(held)?;
-        let at = Reading::now();
+        // Where it shares our processor it goes on at once, and we only after it: the
+        // thaw took as long as we have worked for it.
+        let at = at.after(own_time() - spent);
+        drop(descriptors);
         laps.add("thawed");
         // Before anybody hears that it is here, and has it move on.
         if let Err(e) = lineage::note(hello.preview.needs.pid, &hello.preview.lineage) {

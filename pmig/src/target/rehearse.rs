@@ -7,7 +7,7 @@ use crate::husk::Husk;
 use crate::image::Final;
 use crate::state::fd::Whose;
 use crate::state::memory::Layout;
-use crate::state::pcb::{Backend, Fresh};
+use crate::state::pcb::{Backend, Present};
 use crate::state::restart::ProgramClock;
 use crate::tracee::Batch;
 
@@ -35,12 +35,12 @@ impl Building {
         last: &Final,
         backend: &Backend,
     ) -> Result<()> {
-        let fresh = Fresh::of(stand_in.pid())?;
+        let mut present = Present::fresh(stand_in.pid())?;
         let mut batch = Batch::new();
         let own = std::process::id() as i32;
         let installation = self.descriptors.install(own, &mut batch, Whose::StandIn);
         let clock = ProgramClock::default();
-        let done = backend.restore(stand_in.stopped(), batch, &last.pcb, &fresh)?;
+        let done = backend.restore(stand_in.stopped(), batch, &last.pcb, &mut present)?;
         installation.check(&done)?;
         backend.prepare(stand_in.stopped(), &last.pcb, clock)?;
         backend.finish(stand_in.stopped(), &last.pcb, clock)

@@ -22,8 +22,7 @@ pub enum Shape {
     Changed,
 }
 
-/// A table and everything in it, open. Drop it before the process goes on:
-/// while it lives, so do both ends of every pipe.
+/// A table and everything in it, open.
 #[derive(Debug)]
 pub struct Opened {
     pub(super) table: FdTable,
@@ -139,6 +138,12 @@ impl Opened {
         all.into_iter()
             .map(|(_, master, t)| (master, t.now.as_ref().map_or(Size::default(), |n| n.size)))
             .collect()
+    }
+
+    /// Closes what the process has taken over. Before it goes on: while it is open
+    /// here, so are both ends of every pipe.
+    pub fn close(&mut self) {
+        self.descriptions.clear();
     }
 
     /// Types into the controlling terminal what was typed for the process.

@@ -3,7 +3,7 @@
 
 use std::os::fd::AsFd;
 
-use super::{husk_credentials, inside, limits_of, recheck, CaptureContext, Fresh, Pcb};
+use super::{inside, limits_of, recheck, CaptureContext, Pcb};
 use crate::error::{Context, Error, Obstacle, Result};
 use crate::proc::stat::Stat;
 use crate::proc::status::Status;
@@ -18,7 +18,7 @@ use crate::sys::cpu::xstate_layout;
 use crate::sys::kmod::{abi, section_name, Kmod, RawPcb, RestoreError};
 use crate::sys::pidfd;
 use crate::sys::ptrace::Regs;
-use crate::tracee::{Batch, Done, Stopped};
+use crate::tracee::{Batch, Stopped};
 
 const CAPTURED: u64 = abi::SEC_XSTATE
     | abi::SEC_SIGMASK
@@ -365,21 +365,6 @@ fn restart_block(timed: &Timed, clock: ProgramClock) -> Result<abi::Restart> {
 }
 
 const FUTEX_PRIVATE: u64 = 128;
-
-pub fn restore(husk: &mut Stopped, mut batch: Batch, pcb: &Pcb, fresh: &Fresh) -> Result<Done> {
-    let Fresh { status, limits } = fresh;
-    // What only the process itself can set; signals are left to the module.
-    pcb.bounds.restore(&mut batch, None)?;
-    pcb.attributes.restore(&mut batch)?;
-    pcb.areas.restore(&mut batch)?;
-    pcb.limits.restore(&mut batch, limits)?;
-    pcb.credentials
-        .restore(&mut batch, &husk_credentials(status))?;
-    pcb.attributes.restore_late(&mut batch);
-    let done = husk.run(batch)?;
-    pcb.attributes.restore_outside(husk.pid())?;
-    Ok(done)
-}
 
 pub fn finish(kmod: &Kmod, pid: i32, pcb: &Pcb, clock: ProgramClock) -> Result<()> {
     let (_, timed) = pcb.restart.with(&pcb.registers.general)?;

@@ -23,11 +23,12 @@ use super::limits::Limits;
 use super::registers::{Registers, UserAreas};
 use super::restart::{ProgramClock, Restart, Watch};
 use super::scheduling::Scheduling;
-use super::signals::Signals;
+use super::signals::{self, SigInfo, Signals};
 use crate::error::{Context, Error, Result};
 use crate::proc::status::Status;
 use crate::sys::kmod::{Kmod, DEVICE};
 use crate::sys::limits::securebits;
+use crate::sys::ptrace::Regs;
 use crate::tracee::{Batch, Done, Stopped};
 
 /// Everything of the process control block that travels.
@@ -77,22 +78,124 @@ pub struct CaptureContext<'a> {
     pub clock: ProgramClock,
 }
 
-/// What the target supplies to a restore: what the husk is before, looked up
-/// ahead of time.
-#[derive(Debug, Clone)]
-pub struct Fresh {
-    status: Status,
-    limits: Limits,
+/// What of it changes at every step of the program. The rest mostly stays as it is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Moving {
+    general: Regs,
+    #[serde(with = "serde_bytes")]
+    xstate: Vec<u8>,
+    restart: Restart,
+    mask: u64,
+    private: Vec<SigInfo>,
+    shared: Vec<SigInfo>,
 }
 
-impl Fresh {
+impl Pcb {
+    pub fn moving(&self) -> Moving {
+        Moving {
+            general: self.registers.general,
+            xstate: self.registers.xstate.clone(),
+            restart: self.restart,
+            mask: self.signals.mask,
+            private: self.signals.private.clone(),
+            shared: self.signals.shared.clone(),
+        }
+    }
+
+    /// What it has become where nothing else has changed.
+    #[must_use]
+    pub fn moved_on(&self, moving: Moving) -> Pcb {
+        let mut pcb = self.clone();
+        pcb.registers.general = moving.general;
+        pcb.registers.xstate = moving.xstate;
+        pcb.restart = moving.restart;
+        pcb.signals.mask = moving.mask;
+        pcb.signals.private = moving.private;
+        pcb.signals.shared = moving.shared;
+        pcb
+    }
+
+    /// What of it can be restored while the program still runs at the source, and
+    /// memory and descriptors of the husk may still change: for that it stays root,
+    /// under the limits that it has.
+    fn ahead(&self, husk: &Present) -> Pcb {
+        Pcb {
+            signals: self.signals.ahead(),
+            credentials: husk.credentials.clone(),
+            limits: husk.limits.clone(),
+            attributes: self.attributes.ahead(),
+            ..self.clone()
+        }
+    }
+}
+
+/// What a husk is at present: a restore does only what differs from it.
+#[derive(Debug, Clone)]
+pub struct Present {
+    pid: i32,
+    credentials: Credentials,
+    limits: Limits,
+    /// Its signals have their default actions, all of them.
+    untouched: bool,
+    /// What was restored before.
+    restored: Option<Box<Pcb>>,
+}
+
+impl Present {
+    /// A husk to which nothing was restored yet, looked up ahead of time.
+    ///
     /// # Errors
     /// [`Error::Gone`]; those of procfs.
-    pub fn of(pid: i32) -> Result<Fresh> {
-        Ok(Fresh {
-            status: Status::read(pid)?,
+    pub fn fresh(pid: i32) -> Result<Present> {
+        let status = Status::read(pid)?;
+        Ok(Present {
+            pid,
+            credentials: husk_credentials(&status),
             limits: Limits::of(pid)?,
+            untouched: status.ignored | status.caught == 0,
+            restored: None,
         })
+    }
+
+    /// Before its address space changes: the kernel writes to the rseq area whenever
+    /// the husk executes something, and ends it where nothing is there.
+    ///
+    /// # Errors
+    /// Those of a batch.
+    pub fn leave_rseq(&mut self, husk: &mut Stopped) -> Result<()> {
+        let Some(restored) = &mut self.restored else {
+            return Ok(());
+        };
+        let without = UserAreas {
+            rseq: None,
+            ..restored.areas.clone()
+        };
+        let mut batch = Batch::new();
+        without.restore(&mut batch, Some(&restored.areas))?;
+        husk.run(batch)?;
+        restored.areas = without;
+        Ok(())
+    }
+
+    /// Adds what differs, of what is set first.
+    fn differs_by(&self, backend: &Backend, pcb: &Pcb, batch: &mut Batch) -> Result<()> {
+        let now = self.restored.as_deref();
+        pcb.bounds.restore(batch, now.map(|n| &n.bounds))?;
+        pcb.attributes.restore(batch, now.map(|n| &n.attributes))?;
+        pcb.areas.restore(batch, now.map(|n| &n.areas))?;
+        match backend {
+            Backend::Ptrace => pcb.signals.restore(batch, self.pid, self.signals()),
+            // It sets them by itself.
+            Backend::Kmod(_) => Ok(()),
+        }
+    }
+
+    fn signals(&self) -> signals::Now<'_> {
+        match &self.restored {
+            Some(pcb) => signals::Now::Known(&pcb.signals),
+            None if self.untouched => signals::Now::Defaults,
+            None => signals::Now::Unknown,
+        }
     }
 }
 
@@ -169,10 +272,32 @@ impl Backend {
         }
     }
 
+    /// Restores what may be known before the program stops, from what was captured
+    /// of it at an earlier stop; [`Backend::restore`] then does what differs. The husk
+    /// stays root, and all of it may still change. Returns what became of `batch`.
+    ///
+    /// # Errors
+    /// As [`Backend::restore`].
+    pub fn restore_ahead(
+        &self,
+        husk: &mut Stopped,
+        batch: Batch,
+        pcb: &Pcb,
+        present: &mut Present,
+    ) -> Result<Done> {
+        let done = self.set(husk, batch, pcb.ahead(present), present)?;
+        if let Backend::Kmod(_) = self {
+            // It needs nothing of ours in there, if nothing changes.
+            husk.settle()?;
+        }
+        Ok(done)
+    }
+
     /// The first beat: all that needs nothing of the program's memory, while
     /// that is on its way. The husk's mappings, descriptors and time namespace
     /// are complete after the calls of `batch`, and it is still root then.
-    /// Returns what became of `batch`.
+    /// Returns what became of `batch`. Where nothing is left to be done nothing is
+    /// executed in the husk.
     ///
     /// The parent-death signal is set here: it is sent when the husk's parent
     /// ends, so a husk that shall outlive the session must have been handed to
@@ -185,13 +310,46 @@ impl Backend {
         husk: &mut Stopped,
         batch: Batch,
         pcb: &Pcb,
-        fresh: &Fresh,
+        present: &mut Present,
     ) -> Result<Done> {
-        let done = match self {
-            Backend::Ptrace => restore_by_ptrace(husk, batch, pcb, fresh)?,
-            Backend::Kmod(_) => kmod::restore(husk, batch, pcb, fresh)?,
-        };
+        let done = self.set(husk, batch, pcb.clone(), present)?;
         pcb.registers.restore_xstate(husk)?;
+        Ok(done)
+    }
+
+    /// Makes all of the husk that the process itself and files can set like `pcb`.
+    fn set(
+        &self,
+        husk: &mut Stopped,
+        mut batch: Batch,
+        pcb: Pcb,
+        present: &mut Present,
+    ) -> Result<Done> {
+        present.differs_by(self, &pcb, &mut batch)?;
+        let attributes = present.restored.as_deref().map(|n| &n.attributes);
+        let late = |batch: &mut Batch| -> Result<()> {
+            let same = pcb.credentials == present.credentials;
+            pcb.credentials.restore(batch, &present.credentials)?;
+            pcb.attributes
+                .restore_late(batch, attributes.filter(|_| same));
+            Ok(())
+        };
+        let mut rest = Batch::new();
+        late(&mut rest)?;
+        // Limits hold for queues, descriptors and memory of ours too: where any of
+        // that is left to be done, they come behind it.
+        let nothing_else = batch.is_empty() && rest.is_empty();
+        if nothing_else && !pcb.limits.differ_in_memory(&present.limits) {
+            pcb.limits.restore_outside(husk.pid(), &present.limits)?;
+        } else {
+            pcb.limits.restore(&mut batch, &present.limits)?;
+            late(&mut batch)?;
+        }
+        let done = husk.run(batch)?;
+        pcb.attributes.restore_outside(husk.pid(), attributes)?;
+        present.credentials = pcb.credentials.clone();
+        present.limits = pcb.limits.clone();
+        present.restored = Some(Box::new(pcb));
         Ok(done)
     }
 
@@ -244,6 +402,7 @@ impl Backend {
 fn capture_by_ptrace(stopped: &mut Stopped, context: &CaptureContext) -> Result<Pcb> {
     let pid = stopped.pid();
     let status = Status::read(pid)?;
+    stopped.signals_known(&status);
     let mut obstacles = recheck(stopped, &status);
 
     let mut batch = Batch::new();
@@ -284,27 +443,6 @@ fn capture_by_ptrace(stopped: &mut Stopped, context: &CaptureContext) -> Result<
         attributes: Attributes::capture(pid, &status, &attributes, &done)?,
         bounds: Bounds::capture(pid, brk, &done)?,
     })
-}
-
-fn restore_by_ptrace(
-    husk: &mut Stopped,
-    mut batch: Batch,
-    pcb: &Pcb,
-    fresh: &Fresh,
-) -> Result<Done> {
-    let Fresh { status, limits } = fresh;
-    pcb.bounds.restore(&mut batch, None)?;
-    pcb.attributes.restore(&mut batch)?;
-    pcb.areas.restore(&mut batch)?;
-    pcb.signals.restore(&mut batch, status)?;
-    // Not before the queues: one limit is theirs.
-    pcb.limits.restore(&mut batch, limits)?;
-    pcb.credentials
-        .restore(&mut batch, &husk_credentials(status))?;
-    pcb.attributes.restore_late(&mut batch);
-    let done = husk.run(batch)?;
-    pcb.attributes.restore_outside(husk.pid())?;
-    Ok(done)
 }
 
 fn husk_credentials(status: &Status) -> Credentials {

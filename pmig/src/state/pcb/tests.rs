@@ -207,11 +207,82 @@ fn a_twin_gets_everything_by(backend: &Backend) {
 }
 
 fn restore_by(backend: &Backend, stopped: &mut Stopped, pcb: &Pcb) {
-    let fresh = Fresh::of(stopped.pid()).unwrap();
+    let mut present = Present::fresh(stopped.pid()).unwrap();
     let clock = ProgramClock::default();
-    backend.restore(stopped, Batch::new(), pcb, &fresh).unwrap();
+    backend
+        .restore(stopped, Batch::new(), pcb, &mut present)
+        .unwrap();
     backend.prepare(stopped, pcb, clock).unwrap();
     backend.finish(stopped, pcb, clock).unwrap();
+}
+
+#[test]
+fn what_was_restored_ahead_is_completed_and_not_done_again() {
+    for backend in backends() {
+        let Some((_program, changed, twin)) = twins() else {
+            return;
+        };
+        let mut watch = backend.watch();
+        let mut a = stop(changed, &mut watch);
+        let pcb = capture_by(&backend, &mut a, &watch).unwrap();
+        let mut b = stop(twin, &mut watch);
+        without_rseq(&mut b, &pcb);
+        let mut present = Present::fresh(twin).unwrap();
+
+        // As it was earlier: other values of what is set in each of the ways there are.
+        let mut before = pcb.clone();
+        before.attributes.comm = b"before".to_vec();
+        before.attributes.umask = 0o111;
+        before.attributes.oom_score_adj = 500;
+        before.attributes.timer_slack += 7;
+        before.attributes.tsc = 3 - pcb.attributes.tsc;
+        before.signals.altstack = Default::default();
+        before.signals.actions[9] = Default::default();
+        before.signals.actions[60].flags = 0x1000_0000;
+        before.areas.robust_list += 8;
+        before.bounds.brk += 4096;
+        backend
+            .restore_ahead(&mut b, Batch::new(), &before, &mut present)
+            .unwrap();
+        present.leave_rseq(&mut b).unwrap();
+
+        let clock = ProgramClock::default();
+        backend
+            .restore(&mut b, Batch::new(), &pcb, &mut present)
+            .unwrap();
+        backend.prepare(&mut b, &pcb, clock).unwrap();
+        backend.finish(&mut b, &pcb, clock).unwrap();
+        b.settle().unwrap();
+        let again = capture_by(&backend, &mut b, &watch).unwrap();
+        assert_eq!(again, pcb, "{}", backend.name());
+
+        let mut batch = Batch::new();
+        // Signals on their way are nothing that is there or not.
+        let lasting = Pcb {
+            signals: pcb.signals.ahead(),
+            ..pcb
+        };
+        present.differs_by(&backend, &lasting, &mut batch).unwrap();
+        assert!(batch.is_empty(), "all of it is there");
+    }
+}
+
+#[test]
+fn what_moves_is_told_from_what_stays() {
+    let Some((_program, changed, _)) = twins() else {
+        return;
+    };
+    let mut watch = Backend::Ptrace.watch();
+    let mut a = stop(changed, &mut watch);
+    let pcb = capture(&mut a, &watch).unwrap();
+    let mut later = pcb.clone();
+    later.registers.general.rip += 1;
+    later.registers.xstate[100] ^= 1;
+    later.signals.mask ^= 4;
+    later.signals.shared.clear();
+    assert_eq!(pcb.moved_on(later.moving()), later);
+    later.attributes.umask ^= 1;
+    assert_ne!(pcb.moved_on(later.moving()), later);
 }
 
 /// A husk has no rseq area; other processes do.

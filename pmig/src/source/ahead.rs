@@ -1,0 +1,67 @@
+//! What of the program is told before it stops, so that only what differs is left to
+//! be restored in the freeze.
+
+use super::Run;
+use crate::error::Result;
+use crate::image::Final;
+use crate::protocol::message::ToTarget;
+use crate::state::clock::{self, Clock};
+use crate::state::fd::FdTable;
+use crate::state::memory::Layout;
+use crate::state::pcb::CaptureContext;
+use crate::state::restart::{ProgramClock, Watch};
+use crate::tracee::Stopped;
+use crate::transport::Addr;
+
+impl Run<'_> {
+    /// Captures it at its first stop. What stands in the way now may not at the
+    /// freeze: then nothing is known ahead.
+    pub(super) fn know_ahead(&mut self, stopped: &mut Stopped, watch: &Watch, clock: ProgramClock) {
+        match self
+            .backend
+            .capture(stopped, &CaptureContext { watch, clock })
+        {
+            Ok(pcb) => self.known = Some(pcb),
+            Err(e) => tracing::debug!("nothing is known ahead: {e}"),
+        }
+    }
+
+    /// The clocks must have been compared for the last time. `table`: the descriptors
+    /// as seen last.
+    ///
+    /// # Errors
+    /// Those of the connection, and of procfs.
+    pub(super) fn send_ahead(&mut self, table: FdTable, layout: &Layout) -> Result<()> {
+        let Some(mut pcb) = self.known.take() else {
+            return Ok(());
+        };
+        // The kernel writes there as soon as it is registered.
+        let is_mapped = |at: u64| layout.vmas.iter().any(|v| v.range().contains(&at));
+        pcb.areas.rseq = pcb.areas.rseq.filter(|rseq| is_mapped(rseq.address));
+        if matches!(self.addr, Addr::File(_)) {
+            // Who brings it back knows all of it at once.
+            return Ok(());
+        }
+        let clock = Clock::capture(clock::ahead(self.pid)?, self.difference.value());
+        let told = Final {
+            pcb,
+            descriptors: table,
+            clock,
+        };
+        self.wire
+            .send(&ToTarget::Ahead(Box::new(told.clone())))
+            .map_err(|e| self.better(e))?;
+        self.told = Some(told);
+        Ok(())
+    }
+
+    /// Says what it is at the freeze.
+    pub(super) fn send_final(&mut self, last: Final) -> Result<()> {
+        let since = self.told.as_ref().and_then(|told| last.since(told));
+        let message = match since {
+            Some(since) => ToTarget::Since(Box::new(since)),
+            None => ToTarget::Final(Box::new(last)),
+        };
+        self.wire.send(&message).map_err(|e| self.better(e))
+    }
+}

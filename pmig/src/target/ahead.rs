@@ -1,0 +1,94 @@
+//! What of the program is restored before it stops.
+
+use std::os::fd::AsFd;
+
+use super::{no_husk, Building};
+use crate::error::{Error, Result};
+use crate::husk::Husk;
+use crate::image::{Final, Since};
+use crate::state::clock::Clock;
+use crate::state::fd::{Installation, Shape, Whose};
+use crate::state::pcb::{Backend, Pcb};
+use crate::tracee::Batch;
+
+/// What the husk has of the program already.
+pub(super) struct Ahead {
+    pcb: Pcb,
+    /// By which its time namespace was set.
+    clock: Clock,
+    /// Whether it holds the descriptors.
+    installed: bool,
+}
+
+impl Ahead {
+    /// Its address space changes: that takes the descriptors.
+    pub(super) fn descriptors_go(&mut self) {
+        self.installed = false;
+    }
+}
+
+impl Building {
+    /// Makes the husk the program as it was known last. What is found to be different
+    /// at the freeze is done then.
+    pub(super) fn restore_ahead(&mut self, known: Final, backend: &Backend) -> Result<()> {
+        if self.ahead.is_some() {
+            return Err(Error::bad("source", "says twice what it knows already"));
+        }
+        self.open_descriptors(known.descriptors)?;
+        let husk = self.husk.as_mut().ok_or_else(no_husk)?;
+        known.clock.set(&self.time)?;
+        let mut batch = Batch::new();
+        Husk::enter_time(&mut batch, self.time.as_fd());
+        // A terminal that it controlled already would tell it by signals what becomes of
+        // it until the freeze.
+        let installed = self.descriptors.table().terminals.is_empty();
+        let installation =
+            installed.then(|| self.descriptors.install(own(), &mut batch, Whose::Program));
+        let done = backend.restore_ahead(husk.stopped(), batch, &known.pcb, &mut self.present)?;
+        installation.map_or(Ok(()), |i| i.check(&done))?;
+        self.ahead = Some(Ahead {
+            pcb: known.pcb,
+            clock: known.clock,
+            installed,
+        });
+        Ok(())
+    }
+
+    /// What the program is, by what has changed since.
+    pub(super) fn put_together(&self, since: Since) -> Result<Final> {
+        let known = self.ahead.as_ref();
+        let known = known.ok_or_else(|| {
+            Error::bad("source", "says what differs from something it did not say")
+        })?;
+        Ok(Final {
+            pcb: known.pcb.moved_on(since.moving),
+            descriptors: since.descriptors,
+            clock: since.clock,
+        })
+    }
+
+    /// What of clocks and descriptors is left to be done in the freeze. Afterwards
+    /// `clock` is exact.
+    pub(super) fn what_differs(
+        &mut self,
+        clock: &mut Clock,
+        shape: Shape,
+        batch: &mut Batch,
+    ) -> Result<Option<Installation>> {
+        let ahead = self.ahead.as_ref();
+        if !ahead.is_some_and(|a| clock.is_kept_by(&a.clock)) {
+            if ahead.is_some() {
+                // Who is in one has fixed it.
+                self.time = self.time.another()?;
+            }
+            clock.restore(&self.time)?;
+            Husk::enter_time(batch, self.time.as_fd());
+        }
+        let installed = ahead.is_some_and(|a| a.installed) && shape == Shape::Same;
+        Ok((!installed).then(|| self.descriptors.install(own(), batch, Whose::Program)))
+    }
+}
+
+fn own() -> i32 {
+    std::process::id() as i32
+}
