@@ -8,10 +8,21 @@ use crate::protocol::message::ToTarget;
 use crate::state::clock::{self, Clock};
 use crate::state::fd::FdTable;
 use crate::state::memory::Layout;
-use crate::state::pcb::CaptureContext;
+use crate::state::pcb::{CaptureContext, Pcb};
 use crate::state::restart::{ProgramClock, Watch};
 use crate::tracee::Stopped;
 use crate::transport::Addr;
+
+/// What there is before the program stops for good.
+#[derive(Default)]
+pub(super) struct Ahead {
+    /// For the target's rehearsal.
+    pub rehearsed: Option<Final>,
+    /// The program as captured at its first stop.
+    known: Option<Pcb>,
+    /// What the target was told of it.
+    told: Option<Final>,
+}
 
 impl Run<'_> {
     /// Captures it at its first stop. What stands in the way now may not at the
@@ -21,7 +32,7 @@ impl Run<'_> {
             .backend
             .capture(stopped, &CaptureContext { watch, clock })
         {
-            Ok(pcb) => self.known = Some(pcb),
+            Ok(pcb) => self.ahead.known = Some(pcb),
             Err(e) => tracing::debug!("nothing is known ahead: {e}"),
         }
     }
@@ -32,7 +43,7 @@ impl Run<'_> {
     /// # Errors
     /// Those of the connection, and of procfs.
     pub(super) fn send_ahead(&mut self, table: FdTable, layout: &Layout) -> Result<()> {
-        let Some(mut pcb) = self.known.take() else {
+        let Some(mut pcb) = self.ahead.known.take() else {
             return Ok(());
         };
         // The kernel writes there as soon as it is registered.
@@ -51,13 +62,13 @@ impl Run<'_> {
         self.wire
             .send(&ToTarget::Ahead(Box::new(told.clone())))
             .map_err(|e| self.better(e))?;
-        self.told = Some(told);
+        self.ahead.told = Some(told);
         Ok(())
     }
 
     /// Says what it is at the freeze.
     pub(super) fn send_final(&mut self, last: Final) -> Result<()> {
-        let since = self.told.as_ref().and_then(|told| last.since(told));
+        let since = self.ahead.told.as_ref().and_then(|told| last.since(told));
         let message = match since {
             Some(since) => ToTarget::Since(Box::new(since)),
             None => ToTarget::Final(Box::new(last)),

@@ -45,11 +45,12 @@ use crate::state::clock::{self, Clock, Difference, Reading};
 use crate::state::fd::{Beat, FdTable, Watch as FdWatch};
 use crate::state::memory::{self, Kernel, Tracker, Tracking, TrackingChoice, PAGE};
 use crate::state::paths::FilePath;
-use crate::state::pcb::{self, Backend, CaptureContext, MachineFacts, Pcb, PcbChoice};
+use crate::state::pcb::{self, Backend, CaptureContext, MachineFacts, PcbChoice};
 use crate::state::restart::{ProgramClock, Watch as RestartWatch};
 use crate::state::signals::Signals;
 use crate::tracee::{Ground, Stopped};
 use crate::transport::Addr;
+use ahead::Ahead;
 use files::SourceFiles;
 pub use notes::notes;
 pub use preflight::preflight;
@@ -151,10 +152,7 @@ struct Run<'a> {
     files: SourceFiles,
     descriptors: FdWatch,
     difference: Difference,
-    /// As captured at the first stop.
-    known: Option<Pcb>,
-    /// What the target was told of it before the freeze.
-    told: Option<Final>,
+    ahead: Ahead,
     rounds: u32,
     /// The last round was small, but took its time.
     slow: bool,
@@ -297,8 +295,7 @@ impl<'a> Run<'a> {
             files,
             descriptors,
             difference: Difference::default(),
-            known: None,
-            told: None,
+            ahead: Ahead::default(),
             rounds: 0,
             slow: false,
             freeze: Freeze::default(),
@@ -370,6 +367,7 @@ impl<'a> Run<'a> {
             keeper.enter(Phase::Build)?;
             hold.take(self.pid)?;
             let ground = Ground::survey(self.pid)?;
+            self.rehearse();
             restart.before(self.pid);
             keeper.stopped()?;
             let stopped_at = Instant::now();

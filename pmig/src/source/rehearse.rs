@@ -18,19 +18,23 @@ use crate::state::pcb::{self, CaptureContext};
 use crate::state::restart::ProgramClock;
 
 impl Run<'_> {
-    /// Captures a process that stands in for the program, and sends it.
+    /// Captures a process that stands in for the program, before that is stopped for
+    /// the first time. Where nothing can be rehearsed the stops are longer.
+    pub(super) fn rehearse(&mut self) {
+        match self.capture_stand_in() {
+            Ok(last) => self.ahead.rehearsed = Some(last),
+            Err(e) => tracing::debug!("no rehearsal: {e}"),
+        }
+    }
+
+    /// Has the target restore it.
     ///
     /// # Errors
-    /// Only those of the connection: where nothing can be rehearsed, the
-    /// freeze is slower.
-    pub(super) fn rehearse(&mut self) -> Result<()> {
-        match self.capture_stand_in() {
-            Ok(last) => self.wire.send(&ToTarget::Rehearse(Box::new(last))),
-            Err(e) => {
-                tracing::debug!("no rehearsal: {e}");
-                Ok(())
-            }
-        }
+    /// Those of the connection.
+    pub(super) fn rehearse_there(&mut self) -> Result<()> {
+        self.ahead.rehearsed.take().map_or(Ok(()), |last| {
+            self.wire.send(&ToTarget::Rehearse(Box::new(last)))
+        })
     }
 
     fn capture_stand_in(&mut self) -> Result<Final> {

@@ -32,7 +32,7 @@ impl Run<'_> {
         b.keeper.enter(Phase::Copy)?;
         keep_in();
         self.buf = vec![0; MAX_RAW];
-        self.rehearse()?;
+        self.rehearse_there()?;
         let mut smallest = u64::MAX;
         let mut worse = 0;
         let mut budget = 0;
