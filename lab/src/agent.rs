@@ -251,7 +251,9 @@ impl Agent {
                 let _ = done.send(());
             });
             let status = child.wait();
-            let _ = wait.recv_timeout(std::time::Duration::from_millis(300));
+            // What was written last is on its way through the kernel's queues, and
+            // seen before the end of the terminal.
+            let _ = wait.recv_timeout(std::time::Duration::from_secs(5));
             let reply = match status {
                 Ok(status) => Reply::Ended(Some(ended(status))),
                 Err(e) => Reply::Failed {

@@ -217,29 +217,31 @@ fn garbage(lab: &Lab) -> Result<()> {
 
 fn pid_taken(lab: &Lab) -> Result<()> {
     let expected = unmoved(lab.a(), "iterative lines=200", QUICK)?;
-    let program = Program::start(lab.a(), "iterative lines=200")?;
-    // Others start processes there too: it takes some tries. Whoever starts one
-    // afterwards gets a PID of b's own again.
-    let line = format!(
-        "for i in $(seq 50); do
-             echo {} > /proc/sys/kernel/ns_last_pid; sleep 30 >/dev/null 2>&1 &
-             [ $! = {} ] && break
-             kill $!
-         done
-         echo 20500 > /proc/sys/kernel/ns_last_pid; echo $!",
-        program.pid - 1,
-        program.pid
-    );
-    let taken = lab.b().sh(&line)?;
-    ensure!(taken.trim() == program.pid.to_string(), "got {taken}");
-    let moved = migrate(lab.a(), lab.b(), &program, "--files ship", &[])?;
-    ensure!(
-        [REFUSED, FAILED].contains(&moved.status.code()),
-        "{moved:?}"
-    );
-    moved.failed(moved.status.code(), &[&program.pid.to_string()])?;
-    lab.b().signal(program.pid, 9)?;
-    runs_on(lab.a(), &program, &expected)
+    // Others start processes and threads there too, and may keep the PID: then it
+    // is tried with another program.
+    for _ in 0..10 {
+        let program = Program::start(lab.a(), "iterative lines=200")?;
+        let line = format!(
+            "echo {} > /proc/sys/kernel/ns_last_pid; sleep 30 >/dev/null 2>&1 & p=$!
+             echo 20500 > /proc/sys/kernel/ns_last_pid; [ $p = {pid} ] || kill $p; echo $p",
+            program.pid - 1,
+            pid = program.pid,
+        );
+        let taken = lab.b().sh(&line)?;
+        if taken.trim() != program.pid.to_string() {
+            lab.a().signal(program.pid, 9)?;
+            continue;
+        }
+        let moved = migrate(lab.a(), lab.b(), &program, "--files ship", &[])?;
+        ensure!(
+            [REFUSED, FAILED].contains(&moved.status.code()),
+            "{moved:?}"
+        );
+        moved.failed(moved.status.code(), &[&program.pid.to_string()])?;
+        lab.b().signal(program.pid, 9)?;
+        return runs_on(lab.a(), &program, &expected);
+    }
+    anyhow::bail!("no PID of a program of a's could be taken on b")
 }
 
 /// Its parent lets it wait, the first time too long.
