@@ -3,6 +3,7 @@
 
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
@@ -127,9 +128,32 @@ impl Clock {
     }
 
     /// Whether a time namespace that was set before the program stopped, by `ahead`,
-    /// is as good as one that is set now.
-    pub fn is_kept_by(&self, ahead: &Clock) -> bool {
-        self.ahead == ahead.ahead && self.back() == Reading::default()
+    /// is as good as one that is set now: then how long the program must not be let
+    /// run in it yet, so as to see no time twice.
+    pub fn kept_by(&self, ahead: &Clock) -> Option<Duration> {
+        let back = self.back();
+        let wait = Duration::from_nanos(back.monotonic.max(back.boottime) as u64);
+        (self.ahead == ahead.ahead).then_some(wait)
+    }
+
+    /// Waits until the program can be let run without seeing a time twice.
+    ///
+    /// # Errors
+    /// [`Error::Bad`] when it would take long, which a look at [`Clock::kept_by`]
+    /// or a [`Clock::restore`] has excluded.
+    pub fn await_it(&self) -> Result<()> {
+        for _ in 0..200 {
+            let wait = self.kept_by(self).unwrap_or_default();
+            if wait.is_zero() {
+                return Ok(());
+            }
+            // One of the clocks moves once a tick.
+            std::thread::sleep(wait.min(Duration::from_micros(500)));
+        }
+        Err(Error::bad(
+            "clock",
+            "it does not reach the time of the stop",
+        ))
     }
 
     /// Sets the clocks of a time namespace, for the husk to enter then.
@@ -229,26 +253,39 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_namespace_set_ahead_is_kept_unless_time_would_step_back() {
+    fn a_namespace_set_ahead_is_kept_but_time_does_not_step_back() {
         let told = Clock::capture(Reading::default(), Reading::default());
         let stopped = Clock::capture(Reading::default(), Reading::default());
-        assert!(stopped.is_kept_by(&told));
+        assert_eq!(stopped.kept_by(&told), Some(Duration::ZERO));
+        stopped.await_it().unwrap();
         let other = Clock {
             ahead: Reading::default().after(1),
             ..stopped
         };
-        assert!(!other.is_kept_by(&told), "it is to be another time");
-        for late in [
-            Clock {
-                at_stop: stopped.at_stop.after(1_000_000_000),
-                ..stopped
-            },
-            Clock {
-                coarse: stopped.coarse + 1_000_000_000,
-                ..stopped
-            },
-        ] {
-            assert!(!late.is_kept_by(&told), "the program saw a later time");
+        assert_eq!(other.kept_by(&told), None, "it is to be another time");
+        let late = |by: i64| {
+            [
+                Clock {
+                    at_stop: stopped.at_stop.after(by),
+                    ..stopped
+                },
+                Clock {
+                    coarse: stopped.coarse + by,
+                    ..stopped
+                },
+            ]
+        };
+        for late in late(1_000_000_000) {
+            let wait = late.kept_by(&told).unwrap();
+            assert!(
+                wait > Duration::from_millis(500),
+                "the program saw a later time"
+            );
+            assert!(late.await_it().is_err());
+        }
+        for late in late(20_000_000) {
+            late.await_it().unwrap();
+            assert_eq!(late.kept_by(&told), Some(Duration::ZERO));
         }
     }
 

@@ -1,6 +1,7 @@
 //! What of the program is restored before it stops.
 
 use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
 
 use super::{no_husk, Building};
 use crate::error::{Error, Result};
@@ -18,6 +19,8 @@ pub(super) struct Ahead {
     clock: Clock,
     /// Whether it holds the descriptors.
     installed: bool,
+    /// How long it took.
+    took: Duration,
 }
 
 impl Ahead {
@@ -34,6 +37,7 @@ impl Building {
         if self.ahead.is_some() {
             return Err(Error::bad("source", "says twice what it knows already"));
         }
+        let begun = Instant::now();
         self.open_descriptors(known.descriptors)?;
         let husk = self.husk.as_mut().ok_or_else(no_husk)?;
         known.clock.set(&self.time)?;
@@ -50,6 +54,7 @@ impl Building {
             pcb: known.pcb,
             clock: known.clock,
             installed,
+            took: begun.elapsed(),
         });
         Ok(())
     }
@@ -68,7 +73,7 @@ impl Building {
     }
 
     /// What of clocks and descriptors is left to be done in the freeze. Afterwards
-    /// `clock` is exact.
+    /// `clock` is exact, and says from when on the program may run.
     pub(super) fn what_differs(
         &mut self,
         clock: &mut Clock,
@@ -76,7 +81,9 @@ impl Building {
         batch: &mut Batch,
     ) -> Result<Option<Installation>> {
         let ahead = self.ahead.as_ref();
-        if !ahead.is_some_and(|a| clock.is_kept_by(&a.clock)) {
+        // To wait a moment, at the end, mostly costs less than another namespace.
+        let is_kept = |a: &Ahead| clock.kept_by(&a.clock).is_some_and(|wait| wait <= a.took);
+        if !ahead.is_some_and(is_kept) {
             if ahead.is_some() {
                 // Who is in one has fixed it.
                 self.time = self.time.another()?;

@@ -34,7 +34,7 @@ use crate::policy::Policy;
 use crate::proc::status::Status;
 use crate::protocol::message::{Accepted, Hello, Ready, ToSource, ToTarget, MAX_RAW};
 use crate::protocol::Wire;
-use crate::state::clock::{own_time, Namespace, Reading};
+use crate::state::clock::{own_time, Clock, Namespace, Reading};
 use crate::state::fd::{FdTable, Opened, Shape};
 use crate::state::memory::{Kernel, Layout};
 use crate::state::pcb::{self, Backend, MachineFacts, PcbChoice, Present};
@@ -257,6 +257,8 @@ struct Building {
     /// For the rehearsal.
     stand_in: Option<Husk>,
     time: Namespace,
+    /// The program's, once it stands still.
+    clock: Option<Clock>,
     hold: Option<Hold>,
     /// The same, once it holds.
     frozen: Option<Frozen>,
@@ -354,6 +356,7 @@ impl Building {
                     ahead: None,
                     stand_in,
                     time,
+                    clock: None,
                     frozen: None,
                     hold: Some(hold),
                     record,
@@ -453,6 +456,7 @@ impl Building {
         self.laps.add("files opened");
         let mut batch = Batch::new();
         let installation = self.what_differs(&mut clock, shape, &mut batch)?;
+        self.clock = Some(clock);
         self.laps.add("descriptors and time");
         part(&mut times.descriptors);
 
@@ -519,6 +523,8 @@ impl Building {
             ToTarget::Commit(order) => {
                 self.laps.add("order came");
                 self.holder_lives()?;
+                self.clock.map_or(Ok(()), |clock| clock.await_it())?;
+                self.laps.add("time came");
                 Ok(order)
             }
             other => Err(out_of_turn(wire, &other)),
