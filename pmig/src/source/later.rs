@@ -25,6 +25,10 @@ const STACK: Range<u64> = 2 * PAGE..16 * PAGE;
 /// Bytes of what poll(2) waits for, at most.
 const POLLED: u64 = 1 << 20;
 
+/// Bytes that are sent sooner than what the target has of them is dropped there: for
+/// that it executes something in the husk.
+const FEW: u64 = 64 * PAGE;
+
 /// What is to be known of a round before it is sent.
 pub(super) struct Outlook {
     /// From 1.
@@ -68,7 +72,8 @@ impl Run<'_> {
     pub(super) fn last_look(&mut self, b: &mut Building, stopped: &Stopped) -> Result<Found> {
         let mut found = b.tracker.last_look()?;
         if self.postponed {
-            b.tracker.postpone(&mut found, &wanted_at_once(stopped)?);
+            b.tracker
+                .postpone(&mut found, &wanted_at_once(stopped)?, FEW);
         }
         self.send_layout(&b.tracker, &found)?;
         self.send_drops(&found)?;
@@ -81,8 +86,9 @@ impl Run<'_> {
         self.left_behind = later.iter().map(|r| r.end - r.start).sum();
         let later: Vec<(u64, u64)> = later.into_iter().map(|r| (r.start, r.end)).collect();
         for some in later.chunks(1 << 16) {
+            // Behind it come pages, or the last word.
             self.wire
-                .send(&ToTarget::Later(some.to_vec()))
+                .queue_with(&ToTarget::Later(some.to_vec()), &[])
                 .map_err(|e| self.better(e))?;
         }
         Ok(())

@@ -66,11 +66,12 @@ impl Run<'_> {
             };
             if self.is_left_behind(&outlook) {
                 self.postpone(b)?;
-                b.tracker.postpone(&mut found, &[]);
+                b.tracker.postpone(&mut found, &[], 0);
             }
             let rate = self.round(&mut b.tracker, &found, dirty_rate)?;
             fault::point(Phase::Copy, Role::Source, || self.wire.link().cut());
             if !b.tracker.tracks() || self.postponed {
+                self.slow = self.postponed;
                 break table;
             }
             budget = (rate as f64 * self.options.max_freeze.as_secs_f64() / 2.0) as u64;
@@ -99,16 +100,36 @@ impl Run<'_> {
     }
 
     /// What was written since the last round: little, and nobody waits until it has
-    /// come, so that still less is left when the program stops.
+    /// come, so that still less is left when the program stops. Of what is to follow
+    /// later the target drops what it has, which takes it longer than the pages that
+    /// are written meanwhile.
     pub(super) fn send_meanwhile(&mut self, b: &mut Building) -> Result<()> {
         if !self.slow {
             return Ok(());
         }
-        let found = b.tracker.look()?;
+        let mut found = b.tracker.look()?;
+        if self.postponed {
+            b.tracker.postpone(&mut found, &[], 0);
+        }
         self.send_layout(&b.tracker, &found)?;
         self.send_drops(&found)?;
         let keeper = &mut b.keeper;
-        self.send_pages(&mut b.tracker, &found, &mut |_, _| keeper.alive())
+        self.send_pages(&mut b.tracker, &found, &mut |_, _| keeper.alive())?;
+        match self.postponed {
+            true => self.end_round(),
+            false => Ok(()),
+        }
+    }
+
+    /// Waits until the target has taken in what it was sent.
+    fn end_round(&mut self) -> Result<()> {
+        self.wire
+            .send(&ToTarget::RoundEnd)
+            .map_err(|e| self.better(e))?;
+        match answer(&mut self.wire)? {
+            ToSource::RoundDone => Ok(()),
+            other => Err(unexpected(&self.wire, &other)),
+        }
     }
 
     /// One round; returns its rate in bytes per second.
@@ -151,13 +172,7 @@ impl Run<'_> {
             Ok(())
         })?;
         sent += self.files.pass(&mut self.wire)?;
-        self.wire
-            .send(&ToTarget::RoundEnd)
-            .map_err(|e| self.better(e))?;
-        match answer(&mut self.wire)? {
-            ToSource::RoundDone => {}
-            other => return Err(unexpected(&self.wire, &other)),
-        }
+        self.end_round()?;
         let ended = round(sent, Instant::now(), n);
         self.progress.event(&Event::RoundEnded(ended.clone()));
         Ok(ended.rate.max(1))

@@ -8,6 +8,8 @@ use crate::husk::Husk;
 use crate::image::Picture;
 use crate::protocol::message::{ToTarget, MAX_RAW};
 use crate::protocol::Wire;
+use crate::state::memory::Layout;
+use crate::state::pcb::Backend;
 
 impl Building {
     pub(super) fn pages(&mut self, runs: &[(u64, u32)], wire: &mut Wire) -> Result<()> {
@@ -30,7 +32,32 @@ impl Building {
         husk.write(&runs, raw)
     }
 
-    pub(super) fn discard(&mut self, runs: &[(u64, u64)]) -> Result<()> {
+    pub(super) fn drop_pages(&mut self, runs: &[(u64, u64)], backend: &Backend) -> Result<()> {
+        self.discard(runs)?;
+        self.clear_out(backend)
+    }
+
+    /// Something was done inside the husk, and the program may stop any moment.
+    fn clear_out(&mut self, backend: &Backend) -> Result<()> {
+        match self.ahead {
+            Some(_) => backend.clear_out(self.husk()?.stopped()),
+            None => Ok(()),
+        }
+    }
+
+    pub(super) fn adopt(&mut self, layout: &Layout, backend: &Backend) -> Result<()> {
+        layout.check()?;
+        self.files.open_mapped(layout, &mut self.mapped)?;
+        let husk = self.husk.as_mut().ok_or_else(no_husk)?;
+        if let Some(ahead) = &mut self.ahead {
+            ahead.descriptors_go();
+            self.present.leave_rseq(husk.stopped())?;
+        }
+        husk.adopt(layout, &self.mapped)?;
+        self.clear_out(backend)
+    }
+
+    fn discard(&mut self, runs: &[(u64, u64)]) -> Result<()> {
         let runs: Vec<Range<u64>> = runs.iter().map(|(a, b)| *a..*b).collect();
         self.husk()?.discard(&runs)
     }

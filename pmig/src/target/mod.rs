@@ -36,7 +36,7 @@ use crate::protocol::message::{Accepted, Hello, Ready, ToSource, ToTarget, MAX_R
 use crate::protocol::Wire;
 use crate::state::clock::{own_time, Clock, Namespace, Reading};
 use crate::state::fd::{FdTable, Opened, Shape};
-use crate::state::memory::{Kernel, Layout};
+use crate::state::memory::Kernel;
 use crate::state::pcb::{self, Backend, MachineFacts, PcbChoice, Present};
 use crate::state::restart::ProgramClock;
 use crate::sys::limits::raise_descriptors;
@@ -393,9 +393,9 @@ impl Building {
             watch_over(PATIENCE);
             match wire.recv()? {
                 ToTarget::Ping => wire.send(&ToSource::Pong(Reading::now()))?,
-                ToTarget::Layout(layout) => self.adopt(&layout)?,
+                ToTarget::Layout(layout) => self.adopt(&layout, backend)?,
                 ToTarget::Pages(runs) => self.pages(&runs, wire)?,
-                ToTarget::Drops(runs) => self.discard(&runs)?,
+                ToTarget::Drops(runs) => self.drop_pages(&runs, backend)?,
                 ToTarget::Files(set) => {
                     let wanted = self.files.compare(&set)?;
                     self.files.create(&self.record)?;
@@ -422,17 +422,6 @@ impl Building {
         self.laps = Laps::new();
         fault::point(Phase::Freeze, Role::Target, || wire.link().cut());
         Ok(last)
-    }
-
-    fn adopt(&mut self, layout: &Layout) -> Result<()> {
-        layout.check()?;
-        self.files.open_mapped(layout, &mut self.mapped)?;
-        let husk = self.husk.as_mut().ok_or_else(no_husk)?;
-        if let Some(ahead) = &mut self.ahead {
-            ahead.descriptors_go();
-            self.present.leave_rseq(husk.stopped())?;
-        }
-        husk.adopt(layout, &self.mapped)
     }
 
     /// Makes the husk the program, short of letting it run: from here on its

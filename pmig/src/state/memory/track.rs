@@ -493,8 +493,9 @@ impl Tracker {
 
     /// Leaves what was found in anonymous memory for later, but for what lies in
     /// `now`, which is taken out of what was left before too. What the target has of
-    /// it is dropped there: absent is what it must be to be asked for.
-    pub fn postpone(&mut self, found: &mut Found, now: &[Range<u64>]) {
+    /// it is dropped there: absent is what it must be to be asked for. Where that are
+    /// no more than `few` bytes they travel now, and nothing has to be dropped.
+    pub fn postpone(&mut self, found: &mut Found, now: &[Range<u64>], few: u64) {
         let mut pages = Ranges::default();
         for r in found.pages.drain(..) {
             pages.insert(r);
@@ -510,13 +511,18 @@ impl Tracker {
                 pages.insert(r);
             }
         }
-        for r in self.later.iter() {
-            for part in self.sent.within(r.clone()) {
-                push(&mut found.drops, part.clone());
-                self.sent.remove(part);
+        let known = |r| self.sent.within(r);
+        let stale: Vec<Range<u64>> = self.later.iter().flat_map(known).collect();
+        let bytes: u64 = stale.iter().map(|r| r.end - r.start).sum();
+        for part in stale {
+            if bytes <= few {
+                self.later.remove(part);
+                continue;
             }
-            pages.remove(r);
+            push(&mut found.drops, part.clone());
+            self.sent.remove(part);
         }
+        self.later.iter().for_each(|r| pages.remove(r));
         found.pages = pages.iter().collect();
     }
 

@@ -286,11 +286,20 @@ impl Backend {
         present: &mut Present,
     ) -> Result<Done> {
         let done = self.set(husk, batch, pcb.ahead(present), present)?;
-        if let Backend::Kmod(_) = self {
-            // It needs nothing of ours in there, if nothing changes.
-            husk.settle()?;
-        }
+        self.clear_out(husk)?;
         Ok(done)
+    }
+
+    /// After something was done inside a husk to which all was restored: what this
+    /// backend does not need in there goes, while nobody waits for it.
+    ///
+    /// # Errors
+    /// Those of ptrace.
+    pub fn clear_out(&self, husk: &mut Stopped) -> Result<()> {
+        match self {
+            Backend::Ptrace => Ok(()),
+            Backend::Kmod(_) => husk.settle(),
+        }
     }
 
     /// The first beat: all that needs nothing of the program's memory, while

@@ -252,6 +252,28 @@ fn who_is_distrusted_is_sent_as_a_whole() {
 }
 
 #[test]
+fn of_what_is_to_follow_a_little_that_the_target_knows_travels_at_once() {
+    by_each("write", |program, mut tracker| {
+        if tracker.tracking() == Tracking::SoftDirty {
+            // By that means much is told that was not written.
+            return;
+        }
+        let page = program.page();
+        let written = |f: &Found| (within(&f.pages, &page), within(&f.drops, &page));
+        let mut found = program.last_look(&mut tracker);
+        tracker.postpone(&mut found, &[], 1 << 20);
+        assert_eq!(written(&found), (PAGE, 0));
+        assert_eq!(tracker.postponed(), []);
+        tracker.postpone(&mut found, &[], 0);
+        assert_eq!(written(&found), (0, PAGE), "dropped there, and missing");
+        assert_eq!(
+            tracker.postponed().iter().filter(|r| **r == page).count(),
+            1
+        );
+    });
+}
+
+#[test]
 fn without_tracking_all_is_found_in_the_end() {
     let program = Program::start();
     let mut tracker = Tracker::without_tracking(program.child.id() as i32).unwrap();
