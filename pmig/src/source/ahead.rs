@@ -53,7 +53,7 @@ impl Run<'_> {
             // Who brings it back knows all of it at once.
             return Ok(());
         }
-        let clock = Clock::capture(clock::ahead(self.pid)?, self.difference.value());
+        let clock = Clock::capture(clock::ahead(self.pid)?, self.difference.least());
         let told = Final {
             pcb,
             descriptors: table,

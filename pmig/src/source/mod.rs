@@ -432,7 +432,7 @@ impl<'a> Run<'a> {
             stopped = stopped.on(ground);
         }
         b.restart.stopped(&stopped, clock)?;
-        let clock_there = Clock::capture(ahead, self.difference.value());
+        let clock_there = Clock::capture(ahead, self.difference.least());
         self.part("stop");
         fault::point(Phase::Freeze, Role::Source, || self.wire.link().cut());
 

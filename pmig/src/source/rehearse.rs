@@ -60,7 +60,7 @@ impl Run<'_> {
                 holders: Vec::new(),
                 ..self.preview.descriptors.clone()
             },
-            clock: Clock::capture(clock::ahead(pid)?, self.difference.value()),
+            clock: Clock::capture(clock::ahead(pid)?, self.difference.least()),
         })
     }
 }

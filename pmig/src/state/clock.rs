@@ -5,6 +5,8 @@ use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
+use nix::sys::time::TimeValLike;
+use nix::time::{clock_getres, ClockId};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Context, Error, Result};
@@ -55,6 +57,12 @@ pub fn own_time() -> i64 {
 
 fn coarse() -> i64 {
     timens::clock(libc::CLOCK_MONOTONIC_COARSE) as i64
+}
+
+/// What [`coarse`] moves by, in nanoseconds.
+fn tick() -> i64 {
+    let tick = clock_getres(ClockId::CLOCK_MONOTONIC_COARSE);
+    tick.map_or(1, |t| t.num_nanoseconds().max(1))
 }
 
 /// How far the clocks of a process are ahead of those of its machine.
@@ -131,9 +139,24 @@ impl Clock {
     /// is as good as one that is set now: then how long the program must not be let
     /// run in it yet, so as to see no time twice.
     pub fn kept_by(&self, ahead: &Clock) -> Option<Duration> {
-        let back = self.back();
-        let wait = Duration::from_nanos(back.monotonic.max(back.boottime) as u64);
-        (self.ahead == ahead.ahead).then_some(wait)
+        (self.ahead == ahead.ahead).then(|| self.wait())
+    }
+
+    /// As long as the program must not be let run yet.
+    fn wait(&self) -> Duration {
+        let now = self.now();
+        let fine = self.at_stop.minus(now);
+        let seen = coarse().wrapping_add(self.ahead.monotonic);
+        let ticks = match self.coarse.wrapping_sub(seen) {
+            ..=0 => 0,
+            // At a tick that may be due already.
+            behind => {
+                let ticks = behind.saturating_add(tick() - 1) / tick() * tick();
+                seen.wrapping_add(ticks).wrapping_sub(now.monotonic).max(1)
+            }
+        };
+        let wait = fine.monotonic.max(fine.boottime).max(ticks);
+        Duration::from_nanos(wait.max(0) as u64)
     }
 
     /// Waits until the program can be let run without seeing a time twice.
@@ -143,7 +166,7 @@ impl Clock {
     /// or a [`Clock::restore`] has excluded.
     pub fn await_it(&self) -> Result<()> {
         for _ in 0..200 {
-            let wait = self.kept_by(self).unwrap_or_default();
+            let wait = self.wait();
             if wait.is_zero() {
                 return Ok(());
             }
@@ -242,6 +265,15 @@ impl Difference {
         self.best.map_or(Reading::default(), |(_, v)| v)
     }
 
+    /// The least that it may be: by that a program's clocks are rather ahead at the
+    /// other than behind.
+    pub fn least(&self) -> Reading {
+        match self.best {
+            Some((took, value)) => value.after(-(took / 2)),
+            None => Reading::default(),
+        }
+    }
+
     /// How wrong it may be, in nanoseconds.
     pub fn error(&self) -> i64 {
         self.best.map_or(i64::MAX, |(took, _)| took / 2)
@@ -299,6 +331,6 @@ mod tests {
         d.add(at(0), at(1050), at(100));
         d.add(at(200), at(1500), at(900));
         assert_eq!(d.value(), at(1000));
-        assert_eq!(d.error(), 50);
+        assert_eq!((d.error(), d.least()), (50, at(950)));
     }
 }
