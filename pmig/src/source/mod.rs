@@ -323,22 +323,21 @@ impl<'a> Run<'a> {
     fn through(&mut self, begun: Instant) -> std::result::Result<Summary, Failure> {
         let mut building = self.build().map_err(|error| never(self.pid, error))?;
         if let Err(error) = self.copy(&mut building) {
-            return Err(self.give_up(building, error, None));
+            return Err(self.give_up(building, error));
         }
-        let stopped_at = Instant::now();
         let frozen = match self.freeze(&mut building) {
             Ok(frozen) => frozen,
-            Err(error) => return Err(self.give_up(building, error, Some(stopped_at))),
+            Err(error) => return Err(self.give_up(building, error)),
         };
         if let Err(error) = self.ready(&mut building, &frozen) {
-            return Err(self.thaw(building, frozen, error, stopped_at));
+            return Err(self.thaw(building, frozen, error));
         }
         if self.options.stays {
-            return self.stay(building, frozen, stopped_at, begun);
+            return self.stay(building, frozen, begun);
         }
         let committing = match building.armed.commit() {
             Ok(committing) => committing,
-            Err(lost) => return Err(self.thaw(building, frozen, lost.into(), stopped_at)),
+            Err(lost) => return Err(self.thaw(building, frozen, lost.into())),
         };
         // The point of no return. What fails from here on is no longer undone by
         // anything but the target's own word.
@@ -590,9 +589,7 @@ impl<'a> Run<'a> {
                     tick,
                 ) {
                     Ok(Now::Moved | Now::Serving) => None,
-                    Ok(Now::RunsHere) => Some(Outcome::RunsOn {
-                        stopped: self.stood_still(Reading::now()),
-                    }),
+                    Ok(Now::RunsHere) => Some(self.runs_on()),
                     Ok(Now::Ended) => Some(Outcome::Ended),
                     Ok(Now::Held { .. } | Now::Rebooted) | Err(_) => {
                         Some(Outcome::Unresolved { id: id.clone() })

@@ -38,19 +38,12 @@ pub(super) fn never(pid: i32, error: Error) -> Failure {
 
 impl Run<'_> {
     /// Before anything is decided: lets the program go on here.
-    pub(super) fn give_up(
-        &mut self,
-        mut b: Building,
-        error: Error,
-        since: Option<Instant>,
-    ) -> Failure {
+    pub(super) fn give_up(&mut self, mut b: Building, error: Error) -> Failure {
         drop(b.last.take());
         let ended = has_ended(self.pid, &error);
-        let outcome = match (ended, since) {
+        let outcome = match (ended, self.stopped_at) {
             (true, _) => Outcome::Ended,
-            (_, Some(at)) => Outcome::RunsOn {
-                stopped: at.elapsed(),
-            },
+            (_, Some(_)) => self.runs_on(),
             (_, None) => Outcome::NeverStopped,
         };
         self.holder = None;
@@ -59,19 +52,13 @@ impl Run<'_> {
     }
 
     /// The same when its cgroup holds it.
-    pub(super) fn thaw(
-        &mut self,
-        b: Building,
-        frozen: Frozen,
-        error: Error,
-        since: Instant,
-    ) -> Failure {
-        let outcome = match self.let_go(&b, frozen, &error.to_string(), since) {
+    pub(super) fn thaw(&mut self, b: Building, frozen: Frozen, error: Error) -> Failure {
+        let outcome = match self.let_go(&b, frozen, &error.to_string()) {
             Ok(hold) => {
                 self.holder = None;
-                let stopped = since.elapsed();
+                let outcome = self.runs_on();
                 abandon(&b.armed, b.keeper, Some(hold), &error.to_string());
-                Outcome::RunsOn { stopped }
+                outcome
             }
             Err(outcome) => outcome,
         };
@@ -83,11 +70,10 @@ impl Run<'_> {
         &mut self,
         mut b: Building,
         frozen: Frozen,
-        since: Instant,
         begun: Instant,
     ) -> std::result::Result<Summary, Failure> {
         const WHY: &str = "it was to run on here";
-        let hold = self.let_go(&b, frozen, WHY, since).map_err(|outcome| {
+        let hold = self.let_go(&b, frozen, WHY).map_err(|outcome| {
             let error = Error::bad(format!("process {}", self.pid), "was not let go on");
             Failure { error, outcome }
         })?;
@@ -118,13 +104,19 @@ impl Run<'_> {
         Ok(summary)
     }
 
+    /// It goes on here from now on, having stood still until now.
+    pub(super) fn runs_on(&self) -> Outcome {
+        Outcome::RunsOn {
+            stopped: self.stood_still(Reading::now()),
+        }
+    }
+
     /// Records ABORTED and thaws, if nothing else was decided meanwhile.
     fn let_go(
         &self,
         b: &Building,
         frozen: Frozen,
         why: &str,
-        since: Instant,
     ) -> std::result::Result<Hold, Outcome> {
         let unresolved = || Outcome::Unresolved {
             id: self.id.to_string(),
@@ -146,9 +138,7 @@ impl Run<'_> {
                 let finished =
                     resolve::finish(&b.armed, "undecided", patience(FATE_PATIENCE), || {});
                 Err(match finished {
-                    Ok(Now::RunsHere) => Outcome::RunsOn {
-                        stopped: since.elapsed(),
-                    },
+                    Ok(Now::RunsHere) => self.runs_on(),
                     Ok(Now::Ended) => Outcome::Ended,
                     Ok(Now::Moved | Now::Serving) => Outcome::Moved {
                         id: self.id.to_string(),

@@ -75,6 +75,9 @@ const READ_IMPLIES_EXEC: u32 = 0x40_0000;
 const DUMP_USER: u32 = 1;
 const DUMP_ROOT: u32 = 2;
 
+/// Bytes of a name with the NUL at its end (TASK_COMM_LEN).
+const COMM: usize = 16;
+
 /// Questions that only the process can answer.
 pub struct Asked {
     personality: Call,
@@ -93,6 +96,7 @@ pub struct Asked {
     speculation: [Call; 3],
     permission: Slot,
     tid_address: Slot,
+    comm: Slot,
 }
 
 impl Asked {
@@ -134,6 +138,7 @@ impl Attributes {
             4,
         );
         let tid_address = out("read the tid address", PR_GET_TID_ADDRESS, 8);
+        let comm = out("read the name", libc::PR_GET_NAME, COMM);
         let tsc = batch.space(4);
         let tsc_call = batch.may_fail(
             "read the tsc setting",
@@ -151,6 +156,7 @@ impl Attributes {
             pdeathsig,
             subreaper,
             tid_address,
+            comm,
             tsc,
             tsc_call,
             permission,
@@ -190,7 +196,9 @@ impl Attributes {
             r if r < 0 => default,
             r => r as u32,
         };
+        let comm = done.bytes(asked.comm).split(|b| *b == 0).next();
         let mut all = Attributes {
+            comm: comm.unwrap_or_default().to_vec(),
             personality: done.result(asked.personality) as u32,
             umask: status.umask.unwrap_or(0o022),
             parent_death_signal: u32_at(done.bytes(asked.pdeathsig), 0) as i32,
@@ -221,10 +229,6 @@ impl Attributes {
 
     /// What files tell.
     fn add_files(&mut self, pid: i32) -> Result<()> {
-        self.comm = proc::read(pid, "comm")?;
-        if self.comm.last() == Some(&b'\n') {
-            self.comm.pop();
-        }
         self.oom_score_adj = number_in(pid, "oom_score_adj", 10)? as i32;
         self.coredump_filter = number_in(pid, "coredump_filter", 16)? as u32;
         Ok(())
@@ -290,7 +294,7 @@ impl Attributes {
         }
         if now.is_none_or(|n| n.comm != self.comm) {
             let mut name = self.comm.clone();
-            name.resize(16, 0);
+            name.resize(COMM, 0);
             let name = batch.data(&name);
             batch.call(
                 "set the name",
@@ -481,7 +485,6 @@ mod tests {
     fn files_tell_of_this_process() {
         let mut a = Attributes::default();
         a.add_files(std::process::id() as i32).unwrap();
-        assert!(!a.comm.is_empty());
         assert!(a.coredump_filter != 0);
         a.check().unwrap();
         a.restore_outside(std::process::id() as i32, None).unwrap();
