@@ -154,7 +154,7 @@ struct Run<'a> {
     difference: Difference,
     ahead: Ahead,
     rounds: u32,
-    /// The last round was small, but took its time; or memory follows later.
+    /// The last round was small, but took its time.
     slow: bool,
     freeze: Freeze,
     /// For the freeze's parts.

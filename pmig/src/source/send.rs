@@ -21,6 +21,9 @@ use crate::sys::memory::keep_in;
 const MOST_ROUNDS: u32 = 30;
 /// Seconds that the last round must take for one more to make the freeze shorter.
 const WORTH_WHILE: f64 = 1e-3;
+/// Half of a round trip, in nanoseconds, to a target that takes its time for what it
+/// is to drop as well.
+const SLOW_ANSWER: i64 = 100_000;
 /// Bytes that are read, and sent, at once.
 const PIECE: u64 = MAX_RAW as u64;
 
@@ -71,7 +74,7 @@ impl Run<'_> {
             let rate = self.round(&mut b.tracker, &found, dirty_rate)?;
             fault::point(Phase::Copy, Role::Source, || self.wire.link().cut());
             if !b.tracker.tracks() || self.postponed {
-                self.slow = self.postponed;
+                self.slow = self.postponed && self.difference.error() > SLOW_ANSWER;
                 break table;
             }
             budget = (rate as f64 * self.options.max_freeze.as_secs_f64() / 2.0) as u64;
@@ -101,8 +104,7 @@ impl Run<'_> {
 
     /// What was written since the last round: little, and nobody waits until it has
     /// come, so that still less is left when the program stops. Of what is to follow
-    /// later the target drops what it has, which takes it longer than the pages that
-    /// are written meanwhile.
+    /// later the target drops what it has.
     pub(super) fn send_meanwhile(&mut self, b: &mut Building) -> Result<()> {
         if !self.slow {
             return Ok(());
@@ -114,22 +116,7 @@ impl Run<'_> {
         self.send_layout(&b.tracker, &found)?;
         self.send_drops(&found)?;
         let keeper = &mut b.keeper;
-        self.send_pages(&mut b.tracker, &found, &mut |_, _| keeper.alive())?;
-        match self.postponed {
-            true => self.end_round(),
-            false => Ok(()),
-        }
-    }
-
-    /// Waits until the target has taken in what it was sent.
-    fn end_round(&mut self) -> Result<()> {
-        self.wire
-            .send(&ToTarget::RoundEnd)
-            .map_err(|e| self.better(e))?;
-        match answer(&mut self.wire)? {
-            ToSource::RoundDone => Ok(()),
-            other => Err(unexpected(&self.wire, &other)),
-        }
+        self.send_pages(&mut b.tracker, &found, &mut |_, _| keeper.alive())
     }
 
     /// One round; returns its rate in bytes per second.
@@ -172,7 +159,13 @@ impl Run<'_> {
             Ok(())
         })?;
         sent += self.files.pass(&mut self.wire)?;
-        self.end_round()?;
+        self.wire
+            .send(&ToTarget::RoundEnd)
+            .map_err(|e| self.better(e))?;
+        match answer(&mut self.wire)? {
+            ToSource::RoundDone => {}
+            other => return Err(unexpected(&self.wire, &other)),
+        }
         let ended = round(sent, Instant::now(), n);
         self.progress.event(&Event::RoundEnded(ended.clone()));
         Ok(ended.rate.max(1))
