@@ -3,6 +3,7 @@
 use crate::sys;
 use crate::wire::{self, Clocks, Cmd, Process, Reply, Request, Status, Tag, LARGEST};
 use anyhow::{bail, Context, Result};
+use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use nix::sys::signal::{kill, killpg, Signal};
 use nix::time::{clock_gettime, ClockId};
 use nix::unistd::Pid;
@@ -11,7 +12,7 @@ use pmig::sys::tty::{self, Size};
 use std::collections::HashMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
@@ -336,25 +337,32 @@ fn ended(status: ExitStatus) -> Status {
 /// Hands on what the child writes until it and its pipes have ended.
 fn finish(child: &mut Child, out: &Out) -> Reply {
     let pumps = [
-        child.stdout.take().map(|pipe| (Tag::Output, reader(pipe))),
-        child.stderr.take().map(|pipe| (Tag::Error, reader(pipe))),
+        child.stdout.take().map(|p| (Tag::Output, OwnedFd::from(p))),
+        child.stderr.take().map(|p| (Tag::Error, OwnedFd::from(p))),
     ]
     .into_iter()
     .flatten()
     .map(|(tag, pipe)| {
         let out = Arc::clone(out);
         let (done, wait) = std::sync::mpsc::channel();
+        let again = pipe.try_clone();
         thread::spawn(move || {
-            pump(pipe, tag, &out);
+            pump(File::from(pipe), tag, &out);
             let _ = done.send(());
         });
-        wait
+        (wait, again)
     })
     .collect::<Vec<_>>();
     let status = child.wait();
-    // A daemon that the command left behind may hold the pipes for ever.
-    for wait in pumps {
-        let _ = wait.recv_timeout(std::time::Duration::from_millis(300));
+    // A daemon that the command left behind may hold the pipes for ever, but what is
+    // in them is handed on.
+    for (wait, pipe) in pumps {
+        for _ in 0..100 {
+            let ended = wait.recv_timeout(std::time::Duration::from_millis(300));
+            if ended.is_ok() || !pipe.as_ref().is_ok_and(holds_something) {
+                break;
+            }
+        }
     }
     match status {
         Ok(status) => Reply::Ended(Some(ended(status))),
@@ -364,8 +372,13 @@ fn finish(child: &mut Child, out: &Out) -> Reply {
     }
 }
 
-fn reader(pipe: impl Read + Send + 'static) -> Box<dyn Read + Send> {
-    Box::new(pipe)
+fn holds_something(pipe: &OwnedFd) -> bool {
+    let mut fds = [PollFd::new(pipe.as_fd(), PollFlags::POLLIN)];
+    let asked = poll(&mut fds, PollTimeout::ZERO);
+    asked.is_ok()
+        && fds[0]
+            .revents()
+            .is_some_and(|r| r.contains(PollFlags::POLLIN))
 }
 
 fn pump(mut from: impl Read, tag: Tag, out: &Out) {

@@ -3,6 +3,7 @@ use crate::error::{Error, Result};
 use crate::id::Id;
 use crate::journal::{self, Aborted, Committed, Fate, Found, Looked, NeverRan};
 use crate::protocol::fate::{Answer, Question, What};
+use crate::state::clock::A_MOMENT;
 
 /// Answers the source's question about a migration; may have to end its husk
 /// for that.
@@ -26,7 +27,7 @@ fn try_answer(question: &Question, files: &dyn Files) -> Result<Answer> {
             if !committed.settled()? {
                 // What misses memory is thawed by who fills it.
                 if !committed.filling()? {
-                    committed.thaw_again()?;
+                    thaw(&committed)?;
                 }
                 let id = committed.record().id;
                 // A living session sees to the files itself.
@@ -41,6 +42,13 @@ fn try_answer(question: &Question, files: &dyn Files) -> Result<Answer> {
     })
 }
 
+/// Lets it run, as somebody else may be about to do: not before its clocks, of which
+/// nothing is known here, are where they were.
+fn thaw(committed: &Committed) -> Result<()> {
+    std::thread::sleep(A_MOMENT);
+    committed.thaw_again()
+}
+
 /// Lets it run and puts its files in their places, or does so again.
 pub(super) fn finish(committed: &Committed, files: &dyn Files) -> Result<()> {
     if committed.filling()? && committed.stop()? {
@@ -51,7 +59,7 @@ pub(super) fn finish(committed: &Committed, files: &dyn Files) -> Result<()> {
         ));
     }
     committed.filled()?;
-    committed.thaw_again()?;
+    thaw(committed)?;
     if let Some(noted) = committed.files()? {
         files.finish(&noted)?;
     }

@@ -416,11 +416,11 @@ impl<'a> Run<'a> {
         let clock = ProgramClock {
             offset: ahead.monotonic,
         };
-        self.wire.set_deadline(patience(FROZEN_PATIENCE))?;
         // What is typed now waits with the holder.
         self.holder.as_mut().map_or(Ok(()), Holder::hold)?;
-        b.keeper.stopped()?;
         self.send_meanwhile(b)?;
+        self.wire.set_deadline(patience(FROZEN_PATIENCE))?;
+        b.keeper.stopped()?;
         b.restart.before(self.pid);
         self.lap = Instant::now();
         self.laps = Laps::new();

@@ -7,7 +7,7 @@ use super::{no_husk, Building};
 use crate::error::{Error, Result};
 use crate::husk::Husk;
 use crate::image::{Final, Since};
-use crate::state::clock::Clock;
+use crate::state::clock::{Clock, A_MOMENT};
 use crate::state::fd::{Installation, Shape, Whose};
 use crate::state::pcb::{Backend, Pcb};
 use crate::tracee::Batch;
@@ -82,7 +82,11 @@ impl Building {
     ) -> Result<Option<Installation>> {
         let ahead = self.ahead.as_ref();
         // To wait a moment, at the end, mostly costs less than another namespace.
-        let is_kept = |a: &Ahead| clock.kept_by(&a.clock).is_some_and(|wait| wait <= a.took);
+        let is_kept = |a: &Ahead| {
+            clock
+                .kept_by(&a.clock)
+                .is_some_and(|wait| wait <= a.took.min(A_MOMENT))
+        };
         if !ahead.is_some_and(is_kept) {
             if ahead.is_some() {
                 // Who is in one has fixed it.

@@ -512,8 +512,6 @@ impl Building {
             ToTarget::Commit(order) => {
                 self.laps.add("order came");
                 self.holder_lives()?;
-                self.clock.map_or(Ok(()), |clock| clock.await_it())?;
-                self.laps.add("time came");
                 Ok(order)
             }
             other => Err(out_of_turn(wire, &other)),
@@ -532,12 +530,17 @@ impl Building {
             filler,
             mut pictures,
             mut laps,
+            clock,
             ..
         } = self;
         laps.add("recorded");
         let placed = files.place();
         laps.add("files in place");
         let held = frozen.ok_or_else(no_husk)?;
+        if let Some(Err(e)) = clock.map(|clock| clock.await_it()) {
+            tracing::warn!("the program may see a time twice: {e}");
+        }
+        laps.add("time came");
         let (at, spent) = (Reading::now(), own_time());
         let running = committed.thaw(held)?;
         // Where it shares our processor it goes on at once, and we only after it: the

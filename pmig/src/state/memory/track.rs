@@ -505,8 +505,11 @@ impl Tracker {
                 self.later.insert(r);
             }
         }
-        for r in now {
-            for r in self.later.within(r.clone()) {
+        // What has since been told to be wiped at a fork must not be missing then.
+        let comes = |v: &&Vma| v.is_private() && !v.may_follow();
+        let comes = self.layout.vmas.iter().filter(comes).map(Vma::range);
+        for r in comes.chain(now.iter().cloned()) {
+            for r in self.later.within(r) {
                 self.later.remove(r.clone());
                 pages.insert(r);
             }
