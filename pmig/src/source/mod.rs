@@ -154,7 +154,8 @@ struct Run<'a> {
     difference: Difference,
     ahead: Ahead,
     rounds: u32,
-    /// The last round was small, but took its time.
+    /// The last round was small but took its time, or memory follows later and the
+    /// target is far: one more look right before the stop.
     slow: bool,
     freeze: Freeze,
     /// For the freeze's parts.
