@@ -14,6 +14,7 @@ pub const SAMPLES: &[&str] = &[
     "attributes",
     "clocks",
     "files",
+    "forking",
     "iterative",
     "memory",
     "random",

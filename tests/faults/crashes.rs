@@ -4,7 +4,8 @@ use super::cell::{Cell, Moving, Program, Said, LIMIT};
 use super::proxy::{Act, Gate, Message, Proxy};
 use anyhow::{ensure, Context, Result};
 use lab::harness::Trial;
-use lab::{Lab, Make};
+use lab::victim::hurry;
+use lab::{Cmd, Lab, Make};
 use pmig::protocol::message::{Hello, ToTarget};
 use std::time::Duration;
 
@@ -35,6 +36,24 @@ const CLAIMS: &[Claim] = &[
     (
         "a_filler_that_dies_is_replaced_while_the_program_stands_still",
         filler_dies,
+    ),
+    (
+        "children_born_while_memory_is_missing_miss_it_too",
+        |cell| forks(cell, |_| Ok(())),
+    ),
+    (
+        "a_filler_that_dies_leaves_the_memory_of_children_to_another",
+        |cell| forks(cell, |cell| cell.b.signal(session(cell)?, 9)),
+    ),
+    (
+        "a_guard_that_dies_leaves_the_memory_of_children_to_another",
+        |cell| {
+            forks(cell, |cell| {
+                let guard = workers(cell, "guard")?;
+                cell.b
+                    .signal(*guard.first().context("there is no guard")?, 9)
+            })
+        },
     ),
     (
         "memory_goes_on_following_by_any_command_when_pmig_and_keeper_are_dead",
@@ -151,6 +170,58 @@ fn filler_dies(cell: &Cell) -> Result<()> {
     let said = ended(cell, moving)?;
     ensure!(said.code() == Some(0), "{said:?}");
     ensure!(cell.finish(program)?.name() == "b");
+    cell.clean(LIMIT)?;
+    cell.b.signal(server, 9)
+}
+
+/// A program that forks while little of its memory is there; then something happens.
+fn forks(cell: &Cell, harm: fn(&Cell) -> Result<()>) -> Result<()> {
+    /// What a piece of memory takes: some seconds for all of it.
+    const SLOW: Duration = Duration::from_millis(10);
+    let server = cell.serve_shared()?;
+    let proxy = cell.proxy(|message| {
+        if message.name() == "Piece" {
+            std::thread::sleep(SLOW);
+        }
+        Act::Pass
+    })?;
+    let when = format!("{}/forks", cell.directory());
+    let line = format!("forking lines=1000000 pages=12000 when={when}");
+    let cmd = Cmd::new(line.split(' ')).cwd(&cell.directory());
+    let pid = cell.a.spawn(&cmd, &format!("{}/out", cell.directory()))?;
+    let count = |host, what: &str| -> Result<usize> {
+        let output = cell.output(host)?;
+        ensure!(!output.contains("FAIL"), "{output}");
+        Ok(output.lines().filter(|line| line.ends_with(what)).count())
+    };
+    cell.a.wait_for("five lines", LIMIT, &mut || {
+        Ok(count(cell.a, "0 children")? >= 5)
+    })?;
+    cell.b.write(&when, 0o644, b"")?;
+    let address = format!("{} --mode post", proxy.address());
+    let moving = cell.migrate_to(Program { pid }, &address, &[])?;
+    cell.b.wait_for("three children", LIMIT, &mut || {
+        Ok(count(cell.b, "3 children")? > 0)
+    })?;
+    cell.b
+        .sh(&format!("ls {}/target/*/fill", cell.state()))
+        .context("no memory was missing any more when it had forked")?;
+    harm(cell)?;
+    let said = ended(cell, moving)?;
+    ensure!(said.code() == Some(0), "{said:?}");
+    // More of them, when nothing is missing.
+    let before = count(cell.b, "3 children")?;
+    cell.b.wait_for("more children", LIMIT, &mut || {
+        Ok(count(cell.b, "3 children")? > before + 3)
+    })?;
+    cell.b.write(&hurry(pid), 0o644, b"")?;
+    cell.b.wait_for("its end", LIMIT, &mut || {
+        count(cell.b, "")?;
+        Ok(cell
+            .output(cell.b)?
+            .lines()
+            .any(|line| line.starts_with("PASS")))
+    })?;
     cell.clean(LIMIT)?;
     cell.b.signal(server, 9)
 }

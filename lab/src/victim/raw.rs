@@ -316,3 +316,26 @@ pub fn robust_list() -> Result<(u64, u64)> {
     check(unsafe { libc::syscall(libc::SYS_get_robust_list, 0, &mut head, &mut length) })?;
     Ok((head, length))
 }
+
+/// Runs `body` in a child, which exits with what it returns; gives its PID. For
+/// programs of one thread.
+pub fn fork(body: impl FnOnce() -> i32) -> Result<i32> {
+    // SAFETY: by the caller's word there is no other thread whose locks the child
+    // could wait for.
+    match check(i64::from(unsafe { libc::fork() }))? {
+        0 => {
+            let code = body();
+            // SAFETY: ends the child without running the parent's handlers.
+            unsafe { libc::_exit(code) }
+        }
+        pid => Ok(pid as i32),
+    }
+}
+
+/// Waits for a child's end, and gives its status; wait(2).
+pub fn end_of(pid: i32) -> Result<i32> {
+    let mut status = 0;
+    // SAFETY: the status lives through the call.
+    check(i64::from(unsafe { libc::waitpid(pid, &mut status, 0) }))?;
+    Ok(status)
+}
