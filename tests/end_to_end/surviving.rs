@@ -41,7 +41,9 @@ fn no_room(lab: &Lab) -> Result<()> {
     let expected = unmoved(a, "iterative lines=150", &["pace_us=0"])?;
     let program = Program::start(a, "iterative lines=150")?;
     program.wait_lines(a, 5)?;
-    a.sh("mkdir -p /var/lib/pmig; mount -t tmpfs -o size=256k,mode=700 tmpfs /var/lib/pmig")?;
+    a.sh("for d in /var/lib/pmig /run/pmig; do
+              mkdir -p $d && mount -t tmpfs -o size=256k,mode=700 tmpfs $d
+          done")?;
     let env = [
         ("PMIG_FAULT", "freeze:stall:source"),
         ("PMIG_PATIENCE_MS", "5000"),
@@ -52,12 +54,14 @@ fn no_room(lab: &Lab) -> Result<()> {
             Ok(a.sh("ls /var/lib/pmig/source/*/record").is_ok())
         })?;
         // It ends when there is no room.
-        a.sh("cat /dev/zero > /var/lib/pmig/fill 2>/dev/null; true")?;
+        a.sh(
+            "for d in /var/lib/pmig /run/pmig; do cat /dev/zero > $d/fill; done 2>/dev/null; true",
+        )?;
         moving.join().expect("no panic")?;
         Ok(())
     })?;
     program.wait_lines(a, 3)?;
-    a.sh("umount /var/lib/pmig")?;
+    a.sh("umount -l /var/lib/pmig /run/pmig")?;
     same(&program.finish(a)?, &expected)
 }
 

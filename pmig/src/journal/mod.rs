@@ -8,9 +8,8 @@
 //! | file | | made |
 //! |---|---|---|
 //! | `record` | ARMED: who, where, when, on which boot | synced, before the freeze |
-//! | `fate` | source: COMMITTING or ABORTED; target: COMMITTED or ABORTED | exclusively: the first wins |
+//! | `fate` | what was decided, see below | when all is done that follows |
 //! | `verdict` | source, after COMMITTING: MOVED or RUNS_HERE | exclusively |
-//! | `aborted` | what ABORTED says where there is no room to write why | with `record` |
 //! | `settled` | all was done that follows; nothing is held any more | last |
 //! | `ended` | target: how the program ended | by its holder |
 //! | `files` | target: what is to be renamed at the commit | before Ready |
@@ -19,9 +18,18 @@
 //! | `fill` | target: memory may be missing | before Ready |
 //! | `lock` | held shared by all who work on it | |
 //!
-//! After the freeze nothing is synced: a record need only outlive the death of
+//! And one where things are quicker made and need not outlive the boot,
+//! `/run/pmig/fates/{source,target}/ID/`:
+//!
+//! | file | | made |
+//! |---|---|---|
+//! | `fate` | source: COMMITTING or ABORTED; target: COMMITTED or ABORTED | exclusively: the first wins |
+//! | `aborted` | what ABORTED says where there is no room to write why | before `record` |
+//!
+//! From the freeze on nothing is synced: a record need only outlive the death of
 //! pmig. If the machine dies, so does the program on it, and the boot id tells.
-//! A record that is missing, or of another boot, never reads as "never ran".
+//! A record that is missing, or of another boot, never reads as "never ran", and
+//! a decision that is missing where it was to be made never as "undecided".
 
 mod source;
 mod store;
@@ -128,6 +136,8 @@ pub struct New {
 #[derive(Debug)]
 struct Entry {
     folder: Folder,
+    /// Where its fate is decided, if that is of this boot.
+    fates: Option<Folder>,
     record: Record,
     /// The decision for the program's move, written ahead of time by who may
     /// have to take it while the program stands still.
@@ -177,11 +187,19 @@ pub(crate) fn folder(role: Role) -> Result<Folder> {
     Folder::at(&state_dir())?.sub(role.name())
 }
 
+/// Where the fates of one role are decided.
+fn fates(role: Role) -> Result<Folder> {
+    Folder::at(&run_dir())?.sub("fates")?.sub(role.name())
+}
+
 impl Entry {
-    fn create(role: Role, new: New) -> Result<Entry> {
+    /// Records ARMED, with what [`Entry::decide_as_prepared`] decides made ready.
+    /// `otherwise` is decided if the other way is taken and there is no room left to
+    /// say why.
+    fn create<T: Serialize>(role: Role, new: New, wish: &T, otherwise: &T) -> Result<Entry> {
         let all = folder(role)?;
         let name = new.id.to_string();
-        let folder = all.make(&name)?.ok_or_else(|| {
+        let known = || {
             Error::bad(
                 format!("migration {}", new.id),
                 format!(
@@ -189,7 +207,12 @@ impl Entry {
                     role.name()
                 ),
             )
-        })?;
+        };
+        let folder = all.make(&name)?.ok_or_else(known)?;
+        // Without a record they are nobody's, and go with age.
+        let fates = fates(role)?.make(&name)?.ok_or_else(known)?;
+        fates.replace("aborted", &json(otherwise)?, false)?;
+        let prepared = fates.prepare(&json(wish)?)?;
         let lock = folder.lock(FlockArg::LockSharedNonblock)?;
         let record = Record {
             version: VERSION,
@@ -209,46 +232,61 @@ impl Entry {
         all.sync()?;
         Ok(Entry {
             folder,
+            fates: Some(fates),
             record,
-            prepared: None,
+            prepared: Some(prepared),
             _lock: lock,
         })
     }
 
-    /// Creates a record with what [`Entry::decide_as_prepared`] decides made ready.
-    /// `otherwise` is decided if the other way is taken and there is no room left to
-    /// say why.
-    fn create_prepared<T: Serialize>(
-        role: Role,
-        new: New,
-        wish: &T,
-        otherwise: &T,
-    ) -> Result<Entry> {
-        let mut entry = Entry::create(role, new)?;
-        let ahead = || {
-            entry.folder.replace("aborted", &json(otherwise)?, false)?;
-            entry.folder.prepare(&json(wish)?)
-        };
-        match ahead() {
-            Ok(prepared) => entry.prepared = Some(prepared),
-            Err(e) => {
-                // Nothing has begun that anybody would have to finish.
-                let _ = entry.settle();
-                return Err(e);
-            }
+    /// What was decided, if anything was.
+    fn fate<T: DeserializeOwned>(&self) -> Result<Option<T>> {
+        // As long as this boot lasts it stays where it was decided.
+        let here = self.fates.as_ref().map(|fates| read(fates, "fate"));
+        if let Some(fate) = here.transpose()?.flatten() {
+            return Ok(Some(fate));
         }
-        Ok(entry)
+        let settled = read(&self.folder, "fate")?;
+        if settled.is_none() && !self.settled()? {
+            self.deciding()?;
+        }
+        Ok(settled)
+    }
+
+    /// Where it is decided. Nothing that stands still is of another boot.
+    fn deciding(&self) -> Result<&Folder> {
+        match &self.fates {
+            Some(fates) => Ok(fates),
+            None if self.this_boot()? => Err(Error::bad(
+                run_dir().join("fates").display(),
+                format!(
+                    "the decision on migration {} is gone from it, so nobody can tell who may \
+                     let the program run",
+                    self.record.id
+                ),
+            )),
+            None => Ok(&self.folder),
+        }
+    }
+
+    /// Puts a decision there by `put`, unless one was taken; whether it won.
+    fn decide_by(&self, put: impl FnOnce(&Folder) -> Result<bool>) -> Result<bool> {
+        if self.folder.has("fate")? {
+            return Ok(false);
+        }
+        put(self.deciding()?)
     }
 
     /// Decides the fate, unless it is decided; whether it won.
     fn decide(&self, wish: &impl Serialize) -> Result<bool> {
-        self.folder.decide("fate", &json(wish)?)
+        let wish = json(wish)?;
+        self.decide_by(|fates| fates.decide("fate", &wish))
     }
 
     /// Decides against the move: that must be possible on a full disk too.
     fn decide_against(&self, wish: &impl Serialize) -> Result<bool> {
         self.decide(wish).or_else(|e| {
-            let written = self.folder.put_as("aborted", "fate");
+            let written = self.decide_by(|fates| fates.put_as("aborted", "fate"));
             written.map_err(|_| e)
         })
     }
@@ -256,7 +294,7 @@ impl Entry {
     /// The same, by what was written ahead of time if there is such.
     fn decide_as_prepared(&self, wish: &impl Serialize) -> Result<bool> {
         match &self.prepared {
-            Some(prepared) => self.folder.put(prepared, "fate"),
+            Some(prepared) => self.decide_by(|fates| fates.put(prepared, "fate")),
             None => self.decide(wish),
         }
     }
@@ -279,6 +317,7 @@ impl Entry {
         }
         Ok(Some(Entry {
             folder,
+            fates: fates(role)?.find(&id.to_string())?,
             record,
             prepared: None,
             _lock: lock,
@@ -290,10 +329,20 @@ impl Entry {
     }
 
     fn settle(&self) -> Result<()> {
-        if let Some(prepared) = &self.prepared {
-            self.folder.discard(prepared)?;
+        if let Some(fates) = &self.fates {
+            // What was decided is asked for after a boot too. Here it stays as well:
+            // somebody may be about to decide.
+            match fates.read("fate")? {
+                Some(fate) if !self.folder.has("fate")? => {
+                    self.folder.replace("fate", &fate, false)?;
+                }
+                _ => {}
+            }
+            if let Some(prepared) = &self.prepared {
+                fates.discard(prepared)?;
+            }
+            fates.forget("aborted")?;
         }
-        self.folder.forget("aborted")?;
         self.folder.forget("input")?;
         self.folder.decide("settled", b"{}\n").map(drop)
     }
@@ -369,7 +418,7 @@ fn see(role: Role, id: Id) -> Result<Option<Entry>> {
 
 /// Deletes settled records that are old, or too many.
 pub fn prune(role: Role) -> Result<()> {
-    let all = folder(role)?;
+    let (all, fates) = (folder(role)?, fates(role)?);
     let oldest = now().saturating_sub(KEEP_FOR.as_secs()) as i64;
     let mut settled = Vec::new();
     for name in all.names()? {
@@ -396,6 +445,7 @@ pub fn prune(role: Role) -> Result<()> {
             continue;
         };
         if let Some(_lock) = one.lock(FlockArg::LockExclusiveNonblock)? {
+            fates.remove(&name)?;
             all.remove(&name)?;
         }
     }
@@ -542,6 +592,54 @@ pub(crate) mod tests {
         assert!(look(new.id, &new.secret).is_err());
     }
 
+    fn lose_fates(role: Role, id: Id) {
+        fates(role).unwrap().remove(&id.to_string()).unwrap();
+    }
+
+    #[test]
+    fn a_decision_that_is_gone_never_reads_as_undecided() {
+        private_state();
+        let new = nowhere();
+        let armed = Armed::arm(new.clone()).unwrap();
+        let husk = Husk::arm(new.clone()).unwrap();
+        let order = armed.commit().unwrap().order();
+        lose_fates(Role::Source, new.id);
+        lose_fates(Role::Target, new.id);
+        for armed in [armed, see_source(new.id).unwrap().unwrap()] {
+            assert!(armed.abort("nobody knows better").is_err());
+        }
+        assert!(see_source(new.id).unwrap().unwrap().stage().is_err());
+        for husk in [husk, see_target(new.id).unwrap().unwrap()] {
+            assert!(husk.commit(&order).is_err());
+        }
+        assert!(look(new.id, &new.secret).is_err());
+    }
+
+    #[test]
+    fn what_was_settled_is_known_after_a_boot() {
+        private_state();
+        let new = nowhere();
+        let husk = Husk::arm(new.clone()).unwrap();
+        let Fate::Aborted(aborted) = husk.abort("the source asked").unwrap() else {
+            panic!("nothing else was recorded")
+        };
+        aborted.settle().unwrap();
+        lose_fates(Role::Target, new.id);
+        let all = folder(Role::Target).unwrap();
+        let one = all.find(&new.id.to_string()).unwrap().unwrap();
+        let mut record = husk.record().clone();
+        record.boot_id = "another".into();
+        one.replace("record", &json(&record).unwrap(), false)
+            .unwrap();
+        let order = Armed::arm(new.clone()).unwrap().commit().unwrap().order();
+        let husk = see_target(new.id).unwrap().unwrap();
+        assert!(matches!(husk.commit(&order).unwrap(), Fate::Aborted(_)));
+        assert!(matches!(
+            look(new.id, &new.secret).unwrap(),
+            Looked::Decided(Fate::Aborted(_))
+        ));
+    }
+
     #[test]
     fn a_late_commit_is_refused() {
         private_state();
@@ -591,5 +689,7 @@ pub(crate) mod tests {
         prune(Role::Source).unwrap();
         assert!(matches!(open_source(old_id).unwrap(), Found::Missing));
         assert!(matches!(open_source(fresh_id).unwrap(), Found::Mine(_)));
+        let left = fates(Role::Source).unwrap().names().unwrap();
+        assert!(!left.contains(&old_id.to_string()));
     }
 }

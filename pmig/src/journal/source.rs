@@ -92,8 +92,7 @@ impl Armed {
     /// Fails where the id was used before.
     pub fn arm(new: New) -> Result<Armed> {
         let aborted = State::Aborted { why: UNSAID.into() };
-        Entry::create_prepared(Role::Source, new, &State::Committing, &aborted)
-            .map(|e| Armed(Arc::new(e)))
+        Entry::create(Role::Source, new, &State::Committing, &aborted).map(|e| Armed(Arc::new(e)))
     }
 
     /// Opens the record of a living migration beside its owner (for its
@@ -209,7 +208,7 @@ impl Armed {
     }
 
     fn state(&self) -> Result<Option<State>> {
-        read(&self.0.folder, "fate")
+        self.0.fate()
     }
 }
 

@@ -73,8 +73,7 @@ impl Husk {
     /// Fails where the id was used before.
     pub fn arm(new: New) -> Result<Husk> {
         let aborted = State::Aborted { why: UNSAID.into() };
-        Entry::create_prepared(Role::Target, new, &State::ordered(), &aborted)
-            .map(|e| Husk(Arc::new(e)))
+        Entry::create(Role::Target, new, &State::ordered(), &aborted).map(|e| Husk(Arc::new(e)))
     }
 
     pub fn record(&self) -> &Record {
@@ -145,7 +144,7 @@ impl Husk {
     }
 
     pub fn fate(&self) -> Result<Option<Fate>> {
-        Ok(read(&self.0.folder, "fate")?.map(|state| match state {
+        Ok(self.0.fate()?.map(|state| match state {
             State::Committed { .. } => Fate::Committed(Committed(self.0.clone())),
             State::Aborted { .. } => Fate::Aborted(Aborted(self.0.clone())),
         }))
