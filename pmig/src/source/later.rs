@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
-use super::send::per_second;
+use super::send::{per_second, size};
 use super::{answer, unexpected, Building, Mode, Run};
 use crate::error::{Error, Result};
 use crate::fault::{self, Role};
@@ -146,8 +146,8 @@ impl Run<'_> {
         self.wire.sent = before + sent;
         self.filled = Some(begun.elapsed());
         self.progress.event(&filling(sent));
-        let rate = super::size(per_second(sent, begun.elapsed()));
-        let what = format!("{} followed at {rate}/s", super::size(sent));
+        let rate = size(per_second(sent, begun.elapsed()));
+        let what = format!("{} followed at {rate}/s", size(sent));
         self.ended(Phase::Fill, what, begun);
         Ok(())
     }

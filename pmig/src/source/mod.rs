@@ -48,6 +48,7 @@ use crate::state::paths::FilePath;
 use crate::state::pcb::{self, Backend, CaptureContext, MachineFacts, PcbChoice};
 use crate::state::restart::{ProgramClock, Watch as RestartWatch};
 use crate::state::signals::Signals;
+use crate::sys::memory::keep_in;
 use crate::tracee::{Ground, Stopped};
 use crate::transport::Addr;
 use ahead::Ahead;
@@ -313,9 +314,6 @@ impl<'a> Run<'a> {
             filled: None,
             peak_there: 0,
         };
-        if !ask_only {
-            run.compare_clocks()?;
-        }
         run.ended(Phase::Hello, "accepted".into(), begun);
         Ok(run)
     }
@@ -361,12 +359,19 @@ impl<'a> Run<'a> {
             addr: Some(self.addr.clone()),
             place: hold.place().clone(),
         })?;
-        let mut keeper = Keeper::start(&armed)?;
+        // The kernel takes its time to move a process.
+        let (taken, keeper) = std::thread::scope(|scope| {
+            let taken = scope.spawn(|| hold.take(self.pid));
+            let keeper = Keeper::start(&armed);
+            (taken.join(), keeper)
+        });
+        let mut keeper = keeper?;
         let mut restart = self.backend.watch();
         let prepared = (|| {
             keeper.enter(Phase::Build)?;
-            hold.take(self.pid)?;
+            taken.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
             let ground = Ground::survey(self.pid)?;
+            keep_in();
             self.rehearse();
             restart.before(self.pid);
             keeper.stopped()?;
@@ -684,13 +689,4 @@ fn comm(pid: i32) -> Result<String> {
     let path = format!("/proc/{pid}/comm");
     let text = std::fs::read(&path).context("read", &path)?;
     Ok(String::from_utf8_lossy(&text).trim_end_matches('\n').into())
-}
-
-fn size(bytes: u64) -> String {
-    match bytes {
-        0..=9_999 => format!("{bytes} bytes"),
-        10_000..=999_999 => format!("{} kB", bytes / 1000),
-        1_000_000..=9_949_999 => format!("{:.1} MB", bytes as f64 / 1e6),
-        _ => format!("{} MB", bytes / 1_000_000),
-    }
 }

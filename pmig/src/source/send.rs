@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use super::later::Outlook;
-use super::{answer, size, unexpected, Building, Run};
+use super::{answer, unexpected, Building, Run};
 use crate::error::Result;
 use crate::fault::{self, Role};
 use crate::holder;
@@ -15,7 +15,6 @@ use crate::report::{Event, Round};
 use crate::state::fd::Beat;
 use crate::state::memory::{Found, Tracker, PAGE};
 use crate::sys::across::MOST_RUNS;
-use crate::sys::memory::keep_in;
 
 /// Rounds of the copy, at most.
 const MOST_ROUNDS: u32 = 30;
@@ -33,7 +32,6 @@ impl Run<'_> {
     pub(super) fn copy(&mut self, b: &mut Building) -> Result<()> {
         let begun = self.begin(Phase::Copy);
         b.keeper.enter(Phase::Copy)?;
-        keep_in();
         self.buf = vec![0; MAX_RAW];
         self.rehearse_there()?;
         let mut smallest = u64::MAX;
@@ -74,7 +72,6 @@ impl Run<'_> {
             let rate = self.round(&mut b.tracker, &found, dirty_rate)?;
             fault::point(Phase::Copy, Role::Source, || self.wire.link().cut());
             if !b.tracker.tracks() || self.postponed {
-                self.slow = self.postponed && self.difference.error() > SLOW_ANSWER;
                 break table;
             }
             budget = (rate as f64 * self.options.max_freeze.as_secs_f64() / 2.0) as u64;
@@ -95,6 +92,7 @@ impl Run<'_> {
             }
         };
         self.compare_clocks()?;
+        self.slow |= self.postponed && self.difference.error() > SLOW_ANSWER;
         self.descriptors.recheck()?;
         self.holder = holder::find(self.pid)?;
         self.send_ahead(table, &b.tracker.layout)?;
@@ -287,4 +285,13 @@ fn keep_content(
 
 pub(super) fn per_second(bytes: u64, time: Duration) -> u64 {
     (bytes as f64 / time.as_secs_f64().max(1e-6)) as u64
+}
+
+pub(super) fn size(bytes: u64) -> String {
+    match bytes {
+        0..=9_999 => format!("{bytes} bytes"),
+        10_000..=999_999 => format!("{} kB", bytes / 1000),
+        1_000_000..=9_949_999 => format!("{:.1} MB", bytes as f64 / 1e6),
+        _ => format!("{} MB", bytes / 1_000_000),
+    }
 }

@@ -315,7 +315,7 @@ impl Building {
                 // The first to go when memory runs out; its own value comes at the
                 // end.
                 let _ = std::fs::write(format!("/proc/{pid}/oom_score_adj"), "1000");
-                let record = journal::Husk::arm(New {
+                let new = New {
                     id: hello.id,
                     secret: hello.secret.clone(),
                     pid,
@@ -323,8 +323,14 @@ impl Building {
                     peer: preview.machine.host.clone(),
                     addr: from,
                     place: hold.place().clone(),
-                })?;
-                let stand_in = Building::stand_in(&preview.layout);
+                };
+                // The disk takes its time.
+                let (record, stand_in) = std::thread::scope(|scope| {
+                    let arming = scope.spawn(|| journal::Husk::arm(new));
+                    let stand_in = Building::stand_in(&preview.layout);
+                    (arming.join(), stand_in)
+                });
+                let record = record.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
                 // From here on new children would be in it: there are none.
                 let time = Namespace::make()?;
                 files.create(&record)?;

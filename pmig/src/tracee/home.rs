@@ -113,9 +113,8 @@ const RETURNS: [Pattern; 3] = [
 /// Finds a way to rt_sigreturn in a piece of text that is mapped at `base`.
 pub fn find_return(text: &[u8], base: u64) -> Option<Return> {
     RETURNS.iter().find_map(|(pattern, make)| {
-        text.windows(pattern.len())
-            .position(|w| w == *pattern)
-            .map(|at| make(base + at as u64))
+        let at = memchr::memmem::find(text, pattern)?;
+        Some(make(base + at as u64))
     })
 }
 
