@@ -10,8 +10,12 @@ pub mod stat;
 pub mod status;
 pub mod timers;
 
+use std::cell::RefCell;
+use std::collections::btree_map::Entry;
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Read;
+use std::os::unix::fs::FileExt;
 
 use crate::error::{Context, Error, Result};
 
@@ -49,8 +53,7 @@ fn all_of(file: &File, pid: i32, name: &str, room: usize, limit: u64) -> Result<
     let mut bytes = Vec::with_capacity(room);
     match file.take(limit).read_to_end(&mut bytes) {
         Ok(_) => Ok(bytes),
-        Err(e) if e.raw_os_error() == Some(libc::ESRCH) => Err(Error::Gone(pid)),
-        Err(e) => Err(e).context("read", format_args!("/proc/{pid}/{name}")),
+        Err(e) => Err(failed(e, pid, name)),
     }
 }
 
@@ -71,6 +74,69 @@ fn open(pid: i32, name: &str) -> Result<File> {
 /// As [`read`].
 pub fn text(pid: i32, name: &str) -> Result<String> {
     Ok(String::from_utf8_lossy(&read(pid, name)?).into_owned())
+}
+
+/// Files of `/proc/PID` that are read again and again: each is opened when it is first
+/// read, and kept open, which takes most of the time. Only for those that go on telling
+/// of the process whatever it executes, and that the kernel hands out at once.
+#[derive(Debug)]
+pub struct Kept {
+    pid: i32,
+    files: RefCell<BTreeMap<&'static str, File>>,
+}
+
+impl Kept {
+    pub fn of(pid: i32) -> Kept {
+        Kept {
+            pid,
+            files: RefCell::default(),
+        }
+    }
+
+    pub fn pid(&self) -> i32 {
+        self.pid
+    }
+
+    /// Reads `/proc/PID/NAME` as it is now.
+    ///
+    /// # Errors
+    /// As [`read`].
+    pub fn read(&self, name: &'static str) -> Result<Vec<u8>> {
+        let mut files = self.files.borrow_mut();
+        let file = match files.entry(name) {
+            Entry::Occupied(file) => file.into_mut(),
+            Entry::Vacant(place) => place.insert(open(self.pid, name)?),
+        };
+        let (mut bytes, mut len) = (vec![0; ROOM], 0);
+        loop {
+            let got = file.read_at(&mut bytes[len..], len as u64);
+            len += got.map_err(|e| failed(e, self.pid, name))?;
+            if len < bytes.len() || len as u64 >= LIMIT {
+                bytes.truncate(len);
+                return Ok(bytes);
+            }
+            bytes.resize(2 * len, 0);
+        }
+    }
+
+    /// The same as text, as [`text`] does.
+    ///
+    /// # Errors
+    /// As [`read`].
+    pub fn text(&self, name: &'static str) -> Result<String> {
+        Ok(String::from_utf8_lossy(&self.read(name)?).into_owned())
+    }
+}
+
+fn failed(e: std::io::Error, pid: i32, name: &str) -> Error {
+    match e.raw_os_error() {
+        Some(libc::ESRCH) => Error::Gone(pid),
+        _ => Error::Os {
+            op: "read",
+            object: format!("/proc/{pid}/{name}"),
+            cause: e,
+        },
+    }
 }
 
 /// Reads a small file that may be missing, a kernel setting for instance.
@@ -112,6 +178,30 @@ mod tests {
         assert_eq!(ranges("0-4294967295", 1024), None);
         assert_eq!(ranges("3-1", 64), None);
         assert_eq!(ranges("x", 64), None);
+    }
+
+    #[test]
+    fn what_is_kept_open_tells_what_is_now() {
+        let me = Kept::of(std::process::id() as i32);
+        let before = me.text("coredump_filter").unwrap();
+        let other = if before.trim() == "00000033" {
+            "31"
+        } else {
+            "33"
+        };
+        std::fs::write("/proc/self/coredump_filter", format!("0x{other}")).unwrap();
+        let after = me.text("coredump_filter").unwrap();
+        std::fs::write("/proc/self/coredump_filter", format!("0x{}", before.trim())).unwrap();
+        assert_eq!(after, format!("000000{other}\n"));
+        assert_eq!(
+            text(me.pid(), "coredump_filter").unwrap(),
+            me.text("coredump_filter").unwrap()
+        );
+        assert_eq!(me.read("auxv").unwrap(), read(me.pid(), "auxv").unwrap());
+        assert!(matches!(
+            Kept::of(i32::MAX).read("stat"),
+            Err(Error::Gone(_))
+        ));
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! `/proc/PID/stat`.
 
+use super::Kept;
 use crate::error::{Error, Result};
 
 /// The numbers of `/proc/PID/stat`, by their places in proc_pid_stat(5). Read
@@ -18,7 +19,15 @@ impl Stat {
     /// # Errors
     /// [`Error::Gone`], or [`Error::Bad`] where the text is no stat.
     pub fn read(pid: i32) -> Result<Stat> {
-        Stat::parse(pid, &super::text(pid, "stat")?)
+        Stat::again(&Kept::of(pid))
+    }
+
+    /// The same of a process whose files are kept open.
+    ///
+    /// # Errors
+    /// As [`Stat::read`].
+    pub fn again(files: &Kept) -> Result<Stat> {
+        Stat::parse(files.pid(), &files.text("stat")?)
     }
 
     fn parse(pid: i32, text: &str) -> Result<Stat> {

@@ -1,9 +1,7 @@
 //! `/proc/PID/status`.
 
-use std::fs::File;
-use std::io::Seek;
-
-use crate::error::{Context, Error, Result};
+use super::Kept;
+use crate::error::{Error, Result};
 
 /// `/proc/PID/status` (proc_pid_status(5)): what pmig wants of it. Read while
 /// programs stand still, so it is taken apart in one go, which the procfs crate
@@ -49,7 +47,15 @@ impl Status {
     /// # Errors
     /// [`Error::Gone`], or [`Error::Bad`] where the text is not a status.
     pub fn read(pid: i32) -> Result<Status> {
-        Status::parse(pid, &super::text(pid, "status")?)
+        Status::again(&Kept::of(pid))
+    }
+
+    /// The same of a process whose files are kept open.
+    ///
+    /// # Errors
+    /// As [`Status::read`].
+    pub fn again(files: &Kept) -> Result<Status> {
+        Status::parse(files.pid(), &files.text("status")?)
     }
 
     fn parse(pid: i32, text: &str) -> Result<Status> {
@@ -114,17 +120,15 @@ impl Status {
 
 /// The signals pending for a process, asked for again and again.
 #[derive(Debug)]
-pub struct Pending {
-    pid: i32,
-    status: File,
-}
+pub struct Pending(Kept);
 
 impl Pending {
     /// # Errors
     /// [`Error::Gone`] where there is no such process; those of open(2).
     pub fn of(pid: i32) -> Result<Pending> {
-        let status = super::open(pid, "status")?;
-        Ok(Pending { pid, status })
+        let files = Kept::of(pid);
+        files.read("status")?;
+        Ok(Pending(files))
     }
 
     /// The sets of the thread and of the process now.
@@ -133,15 +137,10 @@ impl Pending {
     /// [`Error::Gone`] where the process has been reaped; [`Error::Bad`] where
     /// the text is not a status.
     pub fn now(&self) -> Result<[u64; 2]> {
-        let mut status = &self.status;
-        status
-            .rewind()
-            .context("read the status of", format!("process {}", self.pid))?;
-        // Whole: a list of groups of any length stands before them.
-        let text = super::all_of(status, self.pid, "status", super::ROOM, super::LIMIT)?;
+        let text = self.0.read("status")?;
         pending_in(&text).ok_or_else(|| {
             Error::bad(
-                format!("/proc/{}/status", self.pid),
+                format!("/proc/{}/status", self.0.pid()),
                 "it names no pending signals",
             )
         })

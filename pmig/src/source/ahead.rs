@@ -28,10 +28,14 @@ impl Run<'_> {
     /// Captures it at its first stop. What stands in the way now may not at the
     /// freeze: then nothing is known ahead.
     pub(super) fn know_ahead(&mut self, stopped: &mut Stopped, watch: &Watch, clock: ProgramClock) {
-        match self
-            .backend
-            .capture(stopped, &CaptureContext { watch, clock })
-        {
+        match self.backend.capture(
+            stopped,
+            &CaptureContext {
+                watch,
+                clock,
+                files: &self.entries,
+            },
+        ) {
             Ok(pcb) => self.ahead.known = Some(pcb),
             Err(e) => tracing::debug!("nothing is known ahead: {e}"),
         }

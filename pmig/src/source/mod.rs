@@ -36,6 +36,7 @@ use crate::lineage;
 use crate::patience::patience;
 use crate::phase::Phase;
 use crate::proc::status::Pending;
+use crate::proc::Kept;
 use crate::protocol::message::{Accepted, Hello, ToSource, ToTarget};
 use crate::protocol::{preface, Wire};
 use crate::report::{Event, Facts, Failure, Freeze, Outcome, Progress, Summary};
@@ -150,6 +151,8 @@ struct Run<'a> {
     attach: Duration,
     accepted: Accepted,
     preview: Preview,
+    /// The process's files in `/proc`.
+    entries: Kept,
     files: SourceFiles,
     descriptors: FdWatch,
     difference: Difference,
@@ -294,6 +297,7 @@ impl<'a> Run<'a> {
             attach: Duration::ZERO,
             accepted,
             preview,
+            entries: Kept::of(pid),
             files,
             descriptors,
             difference: Difference::default(),
@@ -456,6 +460,7 @@ impl<'a> Run<'a> {
         let context = CaptureContext {
             watch: &b.restart,
             clock,
+            files: &self.entries,
         };
         let pcb = self.backend.capture(&mut stopped, &context)?;
         self.part("pcb");
@@ -494,6 +499,7 @@ impl<'a> Run<'a> {
         // meanwhile.
         stopped.settle()?;
         self.files.check_unchanged()?;
+        self.descriptors.look_again(&descriptors)?;
         let obstacles = pcb::look_again(self.pid)?;
         if !obstacles.is_empty() {
             return Err(Error::Refused(obstacles));

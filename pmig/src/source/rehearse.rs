@@ -11,6 +11,7 @@ use crate::error::Result;
 use crate::husk::Husk;
 use crate::image::Final;
 use crate::proc::status::Pending;
+use crate::proc::Kept;
 use crate::protocol::message::ToTarget;
 use crate::state::clock::{self, Clock};
 use crate::state::fd::FdTable;
@@ -47,6 +48,7 @@ impl Run<'_> {
         let context = CaptureContext {
             watch: &watch,
             clock,
+            files: &Kept::of(pid),
         };
         let pcb = self.backend.capture(stand_in.stopped(), &context)?;
         self.signals = Some((pcb.signals.clone(), Pending::of(pid)?));

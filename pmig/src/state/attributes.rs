@@ -6,8 +6,8 @@ use serde::{Deserialize, Serialize};
 
 use super::words::u32_at;
 use crate::error::{Context, Error, Obstacle, Result};
-use crate::proc;
 use crate::proc::status::Status;
+use crate::proc::Kept;
 use crate::tracee::{Batch, Call, Done, Slot};
 
 /// Settings by name.
@@ -190,7 +190,12 @@ impl Attributes {
 
     /// # Errors
     /// [`Error::Gone`], [`Error::Bad`].
-    pub fn capture(pid: i32, status: &Status, asked: &Asked, done: &Done) -> Result<Attributes> {
+    pub fn capture(
+        files: &Kept,
+        status: &Status,
+        asked: &Asked,
+        done: &Done,
+    ) -> Result<Attributes> {
         // What a kernel does not know has its default there.
         let or = |call: Call, default: u32| match done.result(call) {
             r if r < 0 => default,
@@ -223,14 +228,14 @@ impl Attributes {
                 & (1 << XTILE_DATA),
             ..Attributes::default()
         };
-        all.add_files(pid)?;
+        all.add_files(files)?;
         Ok(all)
     }
 
     /// What files tell.
-    fn add_files(&mut self, pid: i32) -> Result<()> {
-        self.oom_score_adj = number_in(pid, "oom_score_adj", 10)? as i32;
-        self.coredump_filter = number_in(pid, "coredump_filter", 16)? as u32;
+    fn add_files(&mut self, files: &Kept) -> Result<()> {
+        self.oom_score_adj = number_in(files, "oom_score_adj", 10)? as i32;
+        self.coredump_filter = number_in(files, "coredump_filter", 16)? as u32;
         Ok(())
     }
 
@@ -268,8 +273,6 @@ impl Attributes {
         Attributes {
             personality: self.personality & !READ_IMPLIES_EXEC,
             dumpable: DUMP_USER,
-            // Until it is the program it is the first to go when memory runs out.
-            oom_score_adj: 1000,
             parent_death_signal: 0,
             mdwe: 0,
             ..self.clone()
@@ -454,7 +457,7 @@ impl Attributes {
         if now.is_none_or(|n| n.oom_score_adj != self.oom_score_adj) {
             let score = write(pid, "oom_score_adj", &self.oom_score_adj.to_string());
             let wanted = i64::from(self.oom_score_adj);
-            if score.is_err() && number_in(pid, "oom_score_adj", 10)? != wanted {
+            if score.is_err() && number_in(&Kept::of(pid), "oom_score_adj", 10)? != wanted {
                 return score;
             }
         }
@@ -466,10 +469,10 @@ impl Attributes {
     }
 }
 
-fn number_in(pid: i32, name: &str, radix: u32) -> Result<i64> {
-    let text = proc::text(pid, name)?;
+fn number_in(files: &Kept, name: &'static str, radix: u32) -> Result<i64> {
+    let text = files.text(name)?;
     i64::from_str_radix(text.trim(), radix)
-        .map_err(|e| Error::bad(format!("/proc/{pid}/{name}"), e))
+        .map_err(|e| Error::bad(format!("/proc/{}/{name}", files.pid()), e))
 }
 
 fn write(pid: i32, name: &str, value: &str) -> Result<()> {
@@ -484,7 +487,7 @@ mod tests {
     #[test]
     fn files_tell_of_this_process() {
         let mut a = Attributes::default();
-        a.add_files(std::process::id() as i32).unwrap();
+        a.add_files(&Kept::of(std::process::id() as i32)).unwrap();
         assert!(a.coredump_filter != 0);
         a.check().unwrap();
         a.restore_outside(std::process::id() as i32, None).unwrap();

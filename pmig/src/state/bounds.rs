@@ -6,8 +6,8 @@ use serde::{Deserialize, Serialize};
 
 use super::words::bytes_of;
 use crate::error::{Error, Result};
-use crate::proc;
 use crate::proc::stat::Stat;
+use crate::proc::{self, Kept};
 use crate::tracee::{Batch, Call, Done};
 
 /// The kernel's auxiliary vector holds fewer entries than this (AT_VECTOR_SIZE).
@@ -39,10 +39,10 @@ impl Bounds {
 
     /// # Errors
     /// [`Error::Gone`], [`Error::Bad`].
-    pub fn capture(pid: i32, brk: Call, done: &Done) -> Result<Bounds> {
+    pub fn capture(files: &Kept, brk: Call, done: &Done) -> Result<Bounds> {
         Ok(Bounds {
             brk: done.result(brk) as u64,
-            ..Bounds::from_proc(pid)?
+            ..Bounds::from_files(files)?
         })
     }
 
@@ -51,8 +51,13 @@ impl Bounds {
     /// # Errors
     /// [`Error::Gone`], [`Error::Bad`].
     pub fn from_proc(pid: i32) -> Result<Bounds> {
-        let stat = Stat::read(pid)?;
-        let auxv = proc::read(pid, "auxv")?;
+        Bounds::from_files(&Kept::of(pid))
+    }
+
+    fn from_files(files: &Kept) -> Result<Bounds> {
+        let stat = Stat::again(files)?;
+        // It is of the address space that was there when it was opened.
+        let auxv = proc::read(files.pid(), "auxv")?;
         let [start_code, end_code, start_stack] = stat.fields(26)?;
         let [start_data, end_data, start_brk, arg_start, arg_end, env_start, env_end] =
             stat.fields(45)?;

@@ -312,8 +312,7 @@ impl Building {
                         _ => e,
                     })?;
                 its.leave();
-                // The first to go when memory runs out; its own value comes at the
-                // end.
+                // The first to go when memory runs out, until it has its memory.
                 let _ = std::fs::write(format!("/proc/{pid}/oom_score_adj"), "1000");
                 let new = New {
                     id: hello.id,

@@ -366,7 +366,9 @@ fn what_sends_signals_is_refused_at_the_freeze() {
         .spawn()
         .unwrap();
     let perl = Sleeper::when_asleep(child);
-    match Watch::new(perl.pid()).unwrap().look(Beat::Stopped) {
+    let mut watch = Watch::new(perl.pid()).unwrap();
+    let table = watch.look(Beat::Stopped).unwrap();
+    match watch.look_again(&table) {
         Err(Error::Refused(found)) => {
             assert!(
                 found.iter().any(|o| o.why.contains("F_SETOWN")),

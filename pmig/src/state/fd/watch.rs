@@ -391,20 +391,13 @@ impl Watch {
             true => Control::NONE,
             false => Control::of(self.pid)?,
         };
-        let mut first = vec![-1; table.descriptions.len()];
-        for h in table.holders.iter().rev() {
-            first[h.description as usize] = h.fd;
-        }
-        for (n, (d, &fd)) in table.descriptions.iter().zip(&first).enumerate() {
+        let all = table.descriptions.iter().zip(first_holders(table));
+        for (n, (d, fd)) in all.enumerate() {
+            if !matches!(d.kind, Kind::Terminal(_) | Kind::Pipe(_)) {
+                continue;
+            }
             let name = self.name(fd);
             let copy = pidfd::get(self.pidfd.as_fd(), fd).context("copy", name)?;
-            if tells_by_signal(copy.as_fd()).context("look at", name)? {
-                obstacles.push(Obstacle::new(
-                    name,
-                    "is set to send a signal (F_SETOWN, F_SETSIG or F_NOTIFY)",
-                    "let the program turn that off first",
-                ));
-            }
             if let Kind::Terminal(end) = &d.kind {
                 let flags = fcntl(&copy, FcntlArg::F_GETFL).context("read the flags of", name)?;
                 if flags & libc::O_CLOEXEC != 0 {
@@ -442,6 +435,30 @@ impl Watch {
             Ok(())
         } else {
             Err(Error::Refused(obstacles))
+        }
+    }
+
+    /// Looks at what nothing else depends on, when all of the table is on its way and
+    /// the process still is stopped.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] with every descriptor that cannot be carried.
+    pub fn look_again(&self, table: &FdTable) -> Result<()> {
+        let mut obstacles = Vec::new();
+        for fd in first_holders(table) {
+            let name = self.name(fd);
+            let copy = pidfd::get(self.pidfd.as_fd(), fd).context("copy", name)?;
+            if tells_by_signal(copy.as_fd()).context("look at", name)? {
+                obstacles.push(Obstacle::new(
+                    name,
+                    "is set to send a signal (F_SETOWN, F_SETSIG or F_NOTIFY)",
+                    "let the program turn that off first",
+                ));
+            }
+        }
+        match obstacles.is_empty() {
+            true => Ok(()),
+            false => Err(Error::Refused(obstacles)),
         }
     }
 
@@ -521,6 +538,15 @@ pub fn give_back(
 }
 
 /// Numbers the terminals; those of one device are one.
+/// The lowest descriptor of each description.
+fn first_holders(table: &FdTable) -> Vec<i32> {
+    let mut first = vec![-1; table.descriptions.len()];
+    for h in table.holders.iter().rev() {
+        first[h.description as usize] = h.fd;
+    }
+    first
+}
+
 fn number_terminals(found: &mut [Found], obstacles: &mut Vec<Obstacle>) -> Vec<Terminal> {
     let mut index: BTreeMap<u64, u32> = BTreeMap::new();
     let mut places: BTreeMap<u64, u64> = BTreeMap::new();

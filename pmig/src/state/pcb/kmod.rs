@@ -7,6 +7,7 @@ use super::{inside, limits_of, recheck, CaptureContext, Pcb};
 use crate::error::{Context, Error, Obstacle, Result};
 use crate::proc::stat::Stat;
 use crate::proc::status::Status;
+use crate::proc::Kept;
 use crate::state::attributes::Attributes;
 use crate::state::bounds::Bounds;
 use crate::state::credentials::Credentials;
@@ -106,7 +107,7 @@ const PF_MCE_EARLY: u32 = 0x0800_0000;
 pub fn capture(kmod: &Kmod, stopped: &mut Stopped, context: &CaptureContext) -> Result<Pcb> {
     let pid = stopped.pid();
     let raw = raw_capture(kmod, stopped)?;
-    let status = Status::read(pid)?;
+    let status = Status::again(context.files)?;
     let mut obstacles = recheck(stopped, &status);
     obstacles.extend(refusals(&raw));
     let scheduling = Scheduling::capture(pid)?;
@@ -119,7 +120,7 @@ pub fn capture(kmod: &Kmod, stopped: &mut Stopped, context: &CaptureContext) -> 
     if !obstacles.is_empty() {
         return Err(Error::Refused(obstacles));
     }
-    let attributes = attributes(stopped, &status, &raw.pcb)?;
+    let attributes = attributes(stopped, context.files, &status, &raw.pcb)?;
     let p = &raw.pcb;
     Ok(Pcb {
         registers: Registers {
@@ -191,15 +192,19 @@ fn refusals(raw: &RawPcb) -> Vec<Obstacle> {
     all
 }
 
-fn attributes(stopped: &mut Stopped, status: &Status, p: &abi::Pcb) -> Result<Attributes> {
-    let pid = stopped.pid();
+fn attributes(
+    stopped: &mut Stopped,
+    files: &Kept,
+    status: &Status,
+    p: &abi::Pcb,
+) -> Result<Attributes> {
     if p.info.has & ASKED != 0 || xstate_layout().xcr0 & XTILE_DATA != 0 {
         let mut batch = Batch::new();
         let asked = Attributes::ask(&mut batch);
         let done = stopped.run(batch)?;
-        return Attributes::capture(pid, status, &asked, &done);
+        return Attributes::capture(files, status, &asked, &done);
     }
-    let [flags] = Stat::read(pid)?.fields(9)?;
+    let [flags] = Stat::again(files)?.fields(9)?;
     let name = &p.comm.comm;
     let end = name.iter().position(|b| *b == 0).unwrap_or(name.len());
     Ok(Attributes {

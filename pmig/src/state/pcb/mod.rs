@@ -26,6 +26,7 @@ use super::scheduling::Scheduling;
 use super::signals::{self, SigInfo, Signals};
 use crate::error::{Context, Error, Result};
 use crate::proc::status::Status;
+use crate::proc::Kept;
 use crate::sys::kmod::{Kmod, DEVICE};
 use crate::sys::limits::securebits;
 use crate::sys::ptrace::Regs;
@@ -76,6 +77,8 @@ pub struct CaptureContext<'a> {
     pub watch: &'a Watch,
     /// The program's clock at the source.
     pub clock: ProgramClock,
+    /// Its files in `/proc`, open perhaps from a capture before.
+    pub files: &'a Kept,
 }
 
 /// What of it changes at every step of the program. The rest mostly stays as it is.
@@ -410,7 +413,7 @@ impl Backend {
 
 fn capture_by_ptrace(stopped: &mut Stopped, context: &CaptureContext) -> Result<Pcb> {
     let pid = stopped.pid();
-    let status = Status::read(pid)?;
+    let status = Status::again(context.files)?;
     stopped.signals_known(&status);
     let mut obstacles = recheck(stopped, &status);
 
@@ -449,8 +452,8 @@ fn capture_by_ptrace(stopped: &mut Stopped, context: &CaptureContext) -> Result<
         credentials: Credentials::capture(&status, securebits, &done),
         limits: Limits::capture(&limits, &done),
         scheduling,
-        attributes: Attributes::capture(pid, &status, &attributes, &done)?,
-        bounds: Bounds::capture(pid, brk, &done)?,
+        attributes: Attributes::capture(context.files, &status, &attributes, &done)?,
+        bounds: Bounds::capture(context.files, brk, &done)?,
     })
 }
 

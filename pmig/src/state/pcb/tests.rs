@@ -93,6 +93,7 @@ fn capture_by(backend: &Backend, stopped: &mut Stopped, watch: &Watch) -> Result
     let context = CaptureContext {
         watch,
         clock: ProgramClock::default(),
+        files: &Kept::of(stopped.pid()),
     };
     backend.capture(stopped, &context)
 }
