@@ -219,8 +219,11 @@ impl Way {
         if moved.status.success() {
             to.write(&file, 0o600, &from.read(&file)?)?;
             from.sh(&format!("rm {file}"))?;
-            to.sh(&format!("pmig restore {file} && rm {file}"))
-                .with_context(|| format!("pmig restore on {}", to.name()))?;
+            to.sh(&format!(
+                "pmig restore {file} --pcb {} && rm {file}",
+                self.pcb
+            ))
+            .with_context(|| format!("pmig restore on {}", to.name()))?;
         }
         Ok(moved)
     }

@@ -16,6 +16,7 @@ use crate::protocol::Wire;
 use crate::state::clock::{Clock, Reading};
 use crate::state::files::FileSet;
 use crate::state::paths::FilePath;
+use crate::state::pcb::PcbChoice;
 use crate::transport::Link;
 
 /// How long the target may take to answer.
@@ -74,15 +75,16 @@ impl Player {
         }
     }
 
-    /// Says to the target behind a connection what the file says.
+    /// Says to the target behind a connection what the file says; by `pcb` it is to
+    /// restore registers and signals.
     ///
     /// # Errors
     /// The file makes no sense; what the target says; the connection breaks.
     /// After that the [`Player::question`] must be asked.
-    pub fn play(self, link: Box<dyn Link>) -> Result<Played> {
+    pub fn play(self, link: Box<dyn Link>, pcb: PcbChoice) -> Result<Played> {
         let mut wire = Wire::new(link);
         wire.set_deadline(patience(PATIENCE))?;
-        let played = play(self, &mut wire);
+        let played = play(self, &mut wire, pcb);
         if let Err(Error::Link { .. }) = &played {
             // It may have said why, before it closed.
             match answer(&mut wire) {
@@ -94,7 +96,7 @@ impl Player {
     }
 }
 
-fn play(player: Player, wire: &mut Wire) -> Result<Played> {
+fn play(player: Player, wire: &mut Wire, pcb: PcbChoice) -> Result<Played> {
     let whom = player.whom();
     let Player {
         mut file,
@@ -110,6 +112,7 @@ fn play(player: Player, wire: &mut Wire) -> Result<Played> {
         secret: secret.clone(),
         ask_only: false,
         ship: true,
+        pcb,
         preview: preview.clone(),
     })))?;
     let accepted = match answer(wire)? {

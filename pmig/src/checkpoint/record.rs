@@ -11,6 +11,7 @@ use crate::error::{Context, Error, Obstacle, Result};
 use crate::protocol::message::{Accepted, Hello, Ready, ToSource, ToTarget, MAX_RAW};
 use crate::protocol::Wire;
 use crate::state::clock::Reading;
+use crate::state::pcb::PcbChoice;
 
 /// How long the source, which is this very process, may take for its next word.
 const PATIENCE: Duration = Duration::from_secs(600);
@@ -146,6 +147,7 @@ fn hear(path: &Path, wire: &mut Wire) -> Result<()> {
             | ToTarget::Rehearse(_)
             | ToTarget::Ahead(_)
             | ToTarget::Since(_)
+            | ToTarget::Likely { .. }
             | ToTarget::Postpone
             | ToTarget::Later(_)
             | ToTarget::Piece { .. }
@@ -158,6 +160,7 @@ fn begin(path: &Path, mut hello: Hello) -> Result<Writer> {
     let mut writer = Writer::create(path, hello.id)?;
     detach(&mut hello.preview);
     // Whoever reads the file decides for himself.
+    hello.pcb = PcbChoice::Auto;
     hello.secret = crate::id::Secret::from_bytes([0; 32]);
     writer.put(&ToTarget::Hello(Box::new(hello)), &[])?;
     Ok(writer)

@@ -228,6 +228,10 @@ pub struct Restore {
     /// Print one JSON object.
     #[arg(long)]
     json: bool,
+    /// How registers and signals are written: by the kernel module (`kmod`), by
+    /// `ptrace`, or by the module if it is loaded (`auto`).
+    #[arg(long, value_enum, default_value_t = Pcb::Auto)]
+    pcb: Pcb,
 }
 
 #[derive(Debug, Args)]
@@ -275,8 +279,9 @@ impl How {
 /// How a process is captured.
 #[derive(Debug, Clone, Args)]
 pub struct Capture {
-    /// How registers and signals are read here: by the kernel module (`kmod`),
-    /// by `ptrace`, or by the module if it is loaded (`auto`).
+    /// How registers and signals are read here, and written at the target: by the
+    /// kernel module (`kmod`), by `ptrace`, or by the module where it is loaded
+    /// (`auto`).
     #[arg(long, value_enum, default_value_t = Pcb::Auto)]
     pcb: Pcb,
     /// How it is told here which pages the program writes: `uffd` (write
@@ -294,11 +299,7 @@ pub struct Capture {
 impl Capture {
     fn options(&self, ship: bool) -> source::Options {
         source::Options {
-            pcb: match self.pcb {
-                Pcb::Auto => PcbChoice::Auto,
-                Pcb::Ptrace => PcbChoice::Ptrace,
-                Pcb::Kmod => PcbChoice::Kmod,
-            },
+            pcb: self.pcb.into(),
             tracking: self.dirty_tracking,
             ship,
             max_freeze: self.max_freeze,
@@ -328,6 +329,16 @@ pub enum Pcb {
     Auto,
     Ptrace,
     Kmod,
+}
+
+impl From<Pcb> for PcbChoice {
+    fn from(pcb: Pcb) -> PcbChoice {
+        match pcb {
+            Pcb::Auto => PcbChoice::Auto,
+            Pcb::Ptrace => PcbChoice::Ptrace,
+            Pcb::Kmod => PcbChoice::Kmod,
+        }
+    }
 }
 
 #[derive(Debug, Args)]

@@ -119,7 +119,7 @@ fn restore(args: &Restore, verbose: Verbose) -> Result<Played, Unrestored> {
     };
     let mut child = session::start(theirs, session::What::File(&args.file), verbose, log)?;
     let (question, whom) = (player.question(), player.whom());
-    let played = player.play(ours);
+    let played = player.play(ours, args.pcb.into());
     if played.is_ok() {
         if !tidied_up(&mut child) {
             // The program does not need it any more, and others can do the rest.

@@ -19,6 +19,7 @@
 //!   Ahead ------------------------------>      at most once, behind them; no answer
 //!      (the program is stopped)
 //!   Files, Layout, Drops, Later -------->      all but what was written last,
+//!   Likely ---------------------------->      at most once, right before Since
 //!   Final | Since ---------------------->      which comes meanwhile
 //!   Drops, Later ----------------------->
 //!   Pages, Block, Complete ------------->
@@ -44,10 +45,11 @@ use crate::error::Obstacle;
 use crate::id::{Id, Secret};
 use crate::image::{Final, Picture, Preview, Shipped, Since};
 use crate::journal::Order;
-use crate::state::clock::Reading;
+use crate::state::clock::{Clock, Reading};
 use crate::state::fd::Input;
 use crate::state::files::FileSet;
 use crate::state::memory::Layout;
+use crate::state::pcb::{Moving, PcbChoice};
 
 /// The most bytes of content that follow one message.
 pub const MAX_RAW: usize = 1 << 20;
@@ -87,6 +89,12 @@ pub enum ToTarget {
     Final(Box<Final>),
     /// The same, where little has changed since Ahead.
     Since(Box<Since>),
+    /// What Since will say of this if nothing else is found to have changed, which
+    /// takes longer to ask.
+    Likely {
+        moving: Box<Moving>,
+        clock: Clock,
+    },
     /// All of memory has come, and all of the shipped files, which are listed
     /// in the order in which they were asked for.
     Complete(Vec<Shipped>),
@@ -145,6 +153,8 @@ pub struct Hello {
     pub ask_only: bool,
     /// Whether files may be carried over.
     pub ship: bool,
+    /// By what registers and signals are to be restored.
+    pub pcb: PcbChoice,
     pub preview: Preview,
 }
 

@@ -8,7 +8,7 @@ use crate::protocol::message::ToTarget;
 use crate::state::clock::{self, Clock};
 use crate::state::fd::FdTable;
 use crate::state::memory::Layout;
-use crate::state::pcb::{CaptureContext, Pcb};
+use crate::state::pcb::{Backend, CaptureContext, Pcb};
 use crate::state::restart::{ProgramClock, Watch};
 use crate::tracee::Stopped;
 use crate::transport::Addr;
@@ -22,20 +22,20 @@ pub(super) struct Ahead {
     known: Option<Pcb>,
     /// What the target was told of it.
     told: Option<Final>,
+    /// It was told at the freeze what it most likely will be told.
+    likely: bool,
 }
 
 impl Run<'_> {
     /// Captures it at its first stop. What stands in the way now may not at the
     /// freeze: then nothing is known ahead.
     pub(super) fn know_ahead(&mut self, stopped: &mut Stopped, watch: &Watch, clock: ProgramClock) {
-        match self.backend.capture(
-            stopped,
-            &CaptureContext {
-                watch,
-                clock,
-                files: &self.entries,
-            },
-        ) {
+        let context = CaptureContext {
+            watch,
+            clock,
+            files: &self.entries,
+        };
+        match self.backend.capture(stopped, &context, &mut |_| Ok(())) {
             Ok(pcb) => self.ahead.known = Some(pcb),
             Err(e) => tracing::debug!("nothing is known ahead: {e}"),
         }
@@ -70,6 +70,41 @@ impl Run<'_> {
         Ok(())
     }
 
+    /// Captures it at the freeze. `stands`: nothing but pages can have changed, so what
+    /// the target will have to do is likely known before all of it was asked. With the
+    /// module there is little to do, and to hear of it costs more.
+    ///
+    /// # Errors
+    /// Those of [`crate::state::pcb::Backend::capture`], and of the connection.
+    pub(super) fn capture(
+        &mut self,
+        stopped: &mut Stopped,
+        watch: &Watch,
+        clock: ProgramClock,
+        (stands, there): (bool, Clock),
+    ) -> Result<Pcb> {
+        let is_slow = self.accepted.pcb == Backend::Ptrace.name();
+        let likely = is_slow && stands && !self.postponed && self.ahead.told.is_some();
+        let context = CaptureContext {
+            watch,
+            clock,
+            files: &self.entries,
+        };
+        let (wire, told) = (&mut self.wire, &mut self.ahead.likely);
+        let mut early = |moving| match likely {
+            true => {
+                *told = true;
+                wire.send(&ToTarget::Likely {
+                    moving: Box::new(moving),
+                    clock: there,
+                })
+            }
+            false => Ok(()),
+        };
+        let captured = self.backend.capture(stopped, &context, &mut early);
+        captured.map_err(|e| self.better(e))
+    }
+
     /// Says what it is at the freeze.
     pub(super) fn send_final(&mut self, last: Final) -> Result<()> {
         let since = self.ahead.told.as_ref().and_then(|told| last.since(told));
@@ -77,6 +112,11 @@ impl Run<'_> {
             Some(since) => ToTarget::Since(Box::new(since)),
             None => ToTarget::Final(Box::new(last)),
         };
-        self.wire.send(&message).map_err(|e| self.better(e))
+        let sent = match self.ahead.likely {
+            // It is at work, and needs this no sooner than what comes behind it.
+            true => self.wire.queue_with(&message, &[]),
+            false => self.wire.send(&message),
+        };
+        sent.map_err(|e| self.better(e))
     }
 }

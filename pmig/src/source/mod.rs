@@ -46,7 +46,7 @@ use crate::state::clock::{self, Clock, Difference, Reading};
 use crate::state::fd::{Beat, FdTable, Watch as FdWatch};
 use crate::state::memory::{self, Kernel, Tracker, Tracking, TrackingChoice, PAGE};
 use crate::state::paths::FilePath;
-use crate::state::pcb::{self, Backend, CaptureContext, MachineFacts, PcbChoice};
+use crate::state::pcb::{self, Backend, MachineFacts, PcbChoice};
 use crate::state::restart::{ProgramClock, Watch as RestartWatch};
 use crate::state::signals::Signals;
 use crate::sys::memory::keep_in;
@@ -255,6 +255,7 @@ impl<'a> Run<'a> {
             secret: secret.clone(),
             ask_only,
             ship: options.ship,
+            pcb: options.pcb,
             preview: preview.clone(),
         })))?;
         let accepted = match answer(&mut wire)? {
@@ -453,17 +454,17 @@ impl<'a> Run<'a> {
         };
         stopped.stack_lies_at(b.tracker.stack());
         self.part("scan");
+        let pcb = self.capture(
+            &mut stopped,
+            &b.restart,
+            clock,
+            (early.is_none(), clock_there),
+        )?;
+        self.part("pcb");
         let mut descriptors = self.descriptors.look(Beat::Stopped)?;
         self.descriptors.ask(&mut descriptors, &mut stopped)?;
         self.sync_files(&b.tracker.layout, &descriptors.files())?;
         self.part("descriptors");
-        let context = CaptureContext {
-            watch: &b.restart,
-            clock,
-            files: &self.entries,
-        };
-        let pcb = self.backend.capture(&mut stopped, &context)?;
-        self.part("pcb");
 
         self.signals = Some((pcb.signals.clone(), pending));
         self.send_final(Final {

@@ -50,7 +50,9 @@ impl Run<'_> {
             clock,
             files: &Kept::of(pid),
         };
-        let pcb = self.backend.capture(stand_in.stopped(), &context)?;
+        let pcb = self
+            .backend
+            .capture(stand_in.stopped(), &context, &mut |_| Ok(()))?;
         self.signals = Some((pcb.signals.clone(), Pending::of(pid)?));
         self.late_signals()?;
         self.signals = None;

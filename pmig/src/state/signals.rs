@@ -85,8 +85,8 @@ pub struct Signals {
 
 /// Signals on their way, read without taking any off.
 pub struct Queues {
-    private: Vec<SigInfo>,
-    shared: Vec<SigInfo>,
+    pub private: Vec<SigInfo>,
+    pub shared: Vec<SigInfo>,
 }
 
 /// What a process does about signals at present.

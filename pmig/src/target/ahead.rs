@@ -9,7 +9,8 @@ use crate::husk::Husk;
 use crate::image::{Final, Since};
 use crate::state::clock::{Clock, A_MOMENT};
 use crate::state::fd::{Installation, Shape, Whose};
-use crate::state::pcb::{Backend, Pcb};
+use crate::state::pcb::{Backend, Moving, Pcb};
+use crate::state::restart::ProgramClock;
 use crate::tracee::Batch;
 
 /// What the husk has of the program already.
@@ -28,6 +29,26 @@ impl Ahead {
     pub(super) fn descriptors_go(&mut self) {
         self.installed = false;
     }
+
+    pub(super) fn has_descriptors(&self) -> bool {
+        self.installed
+    }
+
+    /// Whether the time namespace it is in will do. To wait a moment, at the end, mostly
+    /// costs less than another one.
+    fn is_kept_by(&self, clock: &Clock) -> bool {
+        clock
+            .kept_by(&self.clock)
+            .is_some_and(|wait| wait <= self.took.min(A_MOMENT))
+    }
+}
+
+/// What the husk was made before the program was known to be that.
+pub(super) struct Expected {
+    pub pcb: Pcb,
+    pub clock: Clock,
+    /// Nothing more is to be done inside the husk.
+    pub is_prepared: bool,
 }
 
 impl Building {
@@ -59,6 +80,34 @@ impl Building {
         Ok(())
     }
 
+    /// Makes the husk what the program is likely to be found to be.
+    ///
+    /// # Errors
+    /// As [`Backend::restore`]; what the source says makes no sense here.
+    pub(super) fn expect(&mut self, moving: Moving, told: Clock, backend: &Backend) -> Result<()> {
+        let known = match (&self.ahead, &self.expected) {
+            (Some(known), None) => known,
+            _ => return Err(Error::bad("source", "says out of turn what is likely")),
+        };
+        let pcb = known.pcb.moved_on(moving);
+        let is_all = known.installed && known.is_kept_by(&told);
+        // For that it has to get another parent first.
+        if !is_all || pcb.attributes.parent_death_signal != 0 {
+            return Ok(());
+        }
+        let clock = ProgramClock {
+            offset: told.ahead.monotonic,
+        };
+        let husk = self.husk.as_mut().ok_or_else(no_husk)?;
+        let is_prepared = backend.restore_likely(husk.stopped(), &pcb, clock, &mut self.present)?;
+        self.expected = Some(Expected {
+            pcb,
+            clock: told,
+            is_prepared,
+        });
+        Ok(())
+    }
+
     /// What the program is, by what has changed since.
     pub(super) fn put_together(&self, since: Since) -> Result<Final> {
         let known = self.ahead.as_ref();
@@ -81,13 +130,7 @@ impl Building {
         batch: &mut Batch,
     ) -> Result<Option<Installation>> {
         let ahead = self.ahead.as_ref();
-        // To wait a moment, at the end, mostly costs less than another namespace.
-        let is_kept = |a: &Ahead| {
-            clock
-                .kept_by(&a.clock)
-                .is_some_and(|wait| wait <= a.took.min(A_MOMENT))
-        };
-        if !ahead.is_some_and(is_kept) {
+        if !ahead.is_some_and(|a| a.is_kept_by(clock)) {
             if ahead.is_some() {
                 // Who is in one has fixed it.
                 self.time = self.time.another()?;

@@ -48,6 +48,7 @@ impl Building {
     pub(super) fn adopt(&mut self, layout: &Layout, backend: &Backend) -> Result<()> {
         layout.check()?;
         self.files.open_mapped(layout, &mut self.mapped)?;
+        self.expected = None;
         let husk = self.husk.as_mut().ok_or_else(no_husk)?;
         if let Some(ahead) = &mut self.ahead {
             ahead.descriptors_go();
@@ -58,6 +59,8 @@ impl Building {
     }
 
     fn discard(&mut self, runs: &[(u64, u64)]) -> Result<()> {
+        // That is done inside it.
+        self.expected = None;
         let runs: Vec<Range<u64>> = runs.iter().map(|(a, b)| *a..*b).collect();
         self.husk()?.discard(&runs)
     }
@@ -79,23 +82,27 @@ impl Building {
     }
 
     /// Takes in what was written last. `prepare` is called when nothing more is to be
-    /// done inside the husk.
+    /// done inside the husk, unless that was done already.
     pub(super) fn rest(
         &mut self,
         wire: &mut Wire,
+        mut is_prepared: bool,
         prepare: impl FnOnce(&mut Husk) -> Result<()>,
     ) -> Result<()> {
         let mut prepare = Some(prepare);
         loop {
             let message = wire.recv()?;
             if !matches!(message, ToTarget::Drops(_) | ToTarget::Later(_)) {
-                if let Some(prepare) = prepare.take() {
+                if let Some(prepare) = prepare.take().filter(|_| !is_prepared) {
                     prepare(self.husk()?)?;
                     self.laps.add("registers");
                 }
             }
             match message {
-                ToTarget::Drops(runs) if prepare.is_some() => self.discard(&runs)?,
+                ToTarget::Drops(runs) if prepare.is_some() => {
+                    self.discard(&runs)?;
+                    is_prepared = false;
+                }
                 ToTarget::Later(runs) if prepare.is_some() => self.later(&runs)?,
                 ToTarget::Pages(runs) => self.pages(&runs, wire)?,
                 ToTarget::Block { file, offset, len } => self.block(file, offset, len, wire)?,

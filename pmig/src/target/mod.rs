@@ -10,6 +10,7 @@ mod content;
 mod files;
 mod holder;
 mod later;
+mod preflight;
 mod rehearse;
 
 use std::collections::BTreeMap;
@@ -18,26 +19,24 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use crate::error::{Context, Error, Obstacle, Result};
+use crate::error::{Error, Obstacle, Result};
 use crate::fault::{self, Role};
 use crate::fill::Filler;
 use crate::hold::{self, Frozen, Hold};
 use crate::holder::Adopting;
 use crate::husk::Husk;
-use crate::image::{Final, Picture, Preview};
+use crate::image::{Final, Picture};
 use crate::journal::{self, Fate, New};
 use crate::laps::Laps;
 use crate::lineage;
 use crate::patience::patience;
 use crate::phase::Phase;
 use crate::policy::Policy;
-use crate::proc::status::Status;
-use crate::protocol::message::{Accepted, Hello, Ready, ToSource, ToTarget, MAX_RAW};
+use crate::protocol::message::{Hello, Ready, ToSource, ToTarget, MAX_RAW};
 use crate::protocol::Wire;
 use crate::state::clock::{own_time, Clock, Namespace, Reading};
 use crate::state::fd::{FdTable, Opened, Shape};
-use crate::state::memory::Kernel;
-use crate::state::pcb::{self, Backend, MachineFacts, PcbChoice, Present};
+use crate::state::pcb::{Backend, Present};
 use crate::state::restart::ProgramClock;
 use crate::sys::limits::raise_descriptors;
 use crate::sys::memory::{keep_in, peak};
@@ -45,8 +44,9 @@ use crate::sys::pidfd;
 use crate::sys::spawn::Parent;
 use crate::tracee::Batch;
 use crate::transport::Addr;
-use ahead::Ahead;
+use ahead::{Ahead, Expected};
 use files::TargetFiles;
+use preflight::{consider, free_memory};
 
 /// How long the source may take for its next word while its program runs.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -64,7 +64,6 @@ const BURIAL: Duration = Duration::from_secs(1);
 /// What the person who serves can choose.
 #[derive(Debug, Clone)]
 pub struct Options {
-    pub pcb: PcbChoice,
     pub policy: Policy,
     /// The file that stands for the source, if one does.
     pub file: Option<PathBuf>,
@@ -74,7 +73,6 @@ impl Options {
     /// All that this machine can and may do.
     pub fn open() -> Result<Options> {
         Ok(Options {
-            pcb: PcbChoice::Auto,
             policy: Policy::open()?,
             file: None,
         })
@@ -111,9 +109,8 @@ fn receive(wire: &mut Wire, options: &Options) -> Result<()> {
         other => return Err(out_of_turn(wire, &other)),
     };
     fault::point(Phase::Hello, Role::Target, || wire.link().cut());
-    let backend = Backend::choose(options.pcb)?;
     let mut files = TargetFiles::new(&hello, &options.policy)?;
-    let accepted = consider(&hello, &mut files, &backend)?;
+    let (accepted, backend) = consider(&hello, &mut files)?;
     wire.send(&ToSource::Accepted(accepted))?;
     if hello.ask_only {
         return Ok(());
@@ -143,117 +140,14 @@ fn receive(wire: &mut Wire, options: &Options) -> Result<()> {
     }
 }
 
-/// Who has that PID here. What died a moment ago, the program itself perhaps, is
-/// given time to be buried by its parent.
-fn taken(pid: i32, host: &str) -> Result<Option<String>> {
-    let until = Instant::now() + BURIAL;
-    loop {
-        let dead = match Status::read(pid) {
-            Ok(status) => matches!(status.letter, 'Z' | 'X'),
-            Err(Error::Gone(_)) => return Ok(None),
-            Err(e) => return Err(e),
-        };
-        if !dead {
-            return Ok(Some(format!("it is taken on {host}")));
-        }
-        if Instant::now() > until {
-            return Ok(Some(format!(
-                "it is taken on {host} by a dead process that its parent has not waited for"
-            )));
-        }
-        std::thread::sleep(Duration::from_millis(1));
-    }
-}
-
-/// Whether this machine can take the process: all reasons against it at once.
-fn consider(hello: &Hello, files: &mut TargetFiles, backend: &Backend) -> Result<Accepted> {
-    let preview = &hello.preview;
-    preview.layout.check()?;
-    preview.descriptors.check()?;
-    let here = MachineFacts::here()?;
-    let mut obstacles = pcb::fits(&preview.machine, &here, &preview.needs);
-    if Kernel::here()? != preview.kernel {
-        obstacles.push(Obstacle::new(
-            "vdso",
-            format!(
-                "the kernel of {} maps another one than that of {}",
-                here.host, preview.machine.host
-            ),
-            "boot the same kernel on both",
-        ));
-    }
-    let pid = preview.needs.pid;
-    if let Some(why) = taken(pid, &here.host)? {
-        obstacles.push(Obstacle::new(
-            format!("pid {pid}"),
-            why,
-            "end that process there, or try again later",
-        ));
-    }
-    obstacles.extend(short_of_memory(preview, &here.host)?);
-    let ship = match files.compare(&preview.files) {
-        Ok(ship) => ship,
-        Err(Error::Refused(more)) => {
-            obstacles.extend(more);
-            Vec::new()
-        }
-        Err(e) => return Err(e),
-    };
-    if !obstacles.is_empty() {
-        return Err(Error::Refused(obstacles));
-    }
-    let mut notes = Vec::new();
-    if let Some(cpus) = preview.needs.scheduling.lost_affinity(&here.cpus) {
-        notes.push(format!(
-            "{} has none of the cpus the program is bound to; it may use {} there",
-            here.host,
-            cpus.len()
-        ));
-    }
-    Ok(Accepted {
-        host: here.host,
-        kernel: here.kernel,
-        pcb: backend.name().into(),
-        ship,
-        notes,
-    })
-}
-
-/// Memory that is needed beside the program's own.
-const SPARE: u64 = 16 << 20;
-
-/// Bytes this machine can give out without trouble (proc_meminfo(5)).
-fn free_memory() -> Result<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").context("read", "/proc/meminfo")?;
-    let kb = text
-        .lines()
-        .find_map(|l| l.strip_prefix("MemAvailable:"))
-        .and_then(|v| v.trim().strip_suffix(" kB")?.parse::<u64>().ok());
-    Ok(kb.map_or(u64::MAX, |kb| kb.saturating_mul(1024)))
-}
-
-/// Whether the program's memory would fit now.
-fn short_of_memory(preview: &Preview, host: &str) -> Result<Option<Obstacle>> {
-    let free = free_memory()?;
-    Ok((preview.bytes.saturating_add(SPARE) > free).then(|| {
-        Obstacle::new(
-            "memory",
-            format!(
-                "the program has {} MB, and {host} has {} MB left",
-                preview.bytes >> 20,
-                free >> 20
-            ),
-            "free memory there",
-        )
-    }))
-}
-
 /// What exists from the build on.
 struct Building {
     husk: Option<Husk>,
     present: Present,
     /// What was restored to it before the program stopped.
     ahead: Option<Ahead>,
+    /// What it was made since.
+    expected: Option<Expected>,
     /// For the rehearsal.
     stand_in: Option<Husk>,
     time: Namespace,
@@ -359,6 +253,7 @@ impl Building {
                     husk: Some(husk),
                     present,
                     ahead: None,
+                    expected: None,
                     stand_in,
                     time,
                     clock: None,
@@ -419,6 +314,7 @@ impl Building {
                 ToTarget::Later(runs) => self.later(&runs)?,
                 ToTarget::Rehearse(last) => self.rehearse(&last, backend),
                 ToTarget::Ahead(known) => self.restore_ahead(*known, backend)?,
+                ToTarget::Likely { moving, clock } => self.expect(*moving, clock, backend)?,
                 ToTarget::Final(last) => break last,
                 ToTarget::Since(since) => break Box::new(self.put_together(*since)?),
                 other => return Err(out_of_turn(wire, &other)),
@@ -448,8 +344,16 @@ impl Building {
         let shape = self.open_descriptors(descriptors)?;
         self.find_parent(&pcb)?;
         self.laps.add("files opened");
+        let came_true = self.expected.take().filter(|e| {
+            let ahead = self.ahead.as_ref();
+            let installed = ahead.is_some_and(Ahead::has_descriptors) && shape == Shape::Same;
+            installed && e.pcb == pcb && e.clock == clock
+        });
         let mut batch = Batch::new();
-        let installation = self.what_differs(&mut clock, shape, &mut batch)?;
+        let installation = match came_true {
+            Some(_) => None,
+            None => self.what_differs(&mut clock, shape, &mut batch)?,
+        };
         self.clock = Some(clock);
         self.laps.add("descriptors and time");
         part(&mut times.descriptors);
@@ -457,14 +361,16 @@ impl Building {
         let clock = ProgramClock {
             offset: clock.ahead.monotonic,
         };
-        let husk = self.husk.as_mut().ok_or_else(no_husk)?;
-        let done = backend.restore(husk.stopped(), batch, &pcb, &mut self.present)?;
-        installation.map_or(Ok(()), |i| i.check(&done))?;
+        if came_true.is_none() {
+            let husk = self.husk.as_mut().ok_or_else(no_husk)?;
+            let done = backend.restore(husk.stopped(), batch, &pcb, &mut self.present)?;
+            installation.map_or(Ok(()), |i| i.check(&done))?;
+        }
         self.laps.add("pcb");
         part(&mut times.pcb);
 
         let prepare = |husk: &mut Husk| backend.prepare(husk.stopped(), &pcb, clock);
-        self.rest(wire, prepare)?;
+        self.rest(wire, came_true.is_some_and(|e| e.is_prepared), prepare)?;
         self.laps.add("last pages");
         part(&mut times.memory);
 

@@ -9,8 +9,6 @@ mod kmod;
 mod machine;
 mod preflight;
 
-use std::str::FromStr;
-
 use serde::{Deserialize, Serialize};
 
 pub use machine::{fits, MachineFacts};
@@ -55,19 +53,6 @@ pub enum PcbChoice {
     Auto,
     Ptrace,
     Kmod,
-}
-
-impl FromStr for PcbChoice {
-    type Err = String;
-
-    fn from_str(s: &str) -> Result<PcbChoice, String> {
-        match s {
-            "auto" => Ok(PcbChoice::Auto),
-            "ptrace" => Ok(PcbChoice::Ptrace),
-            "kmod" => Ok(PcbChoice::Kmod),
-            _ => Err(format!("{s} is none of auto, ptrace, kmod")),
-        }
-    }
 }
 
 /// What a capture needs to know beyond the process.
@@ -263,14 +248,20 @@ impl Backend {
     }
 
     /// Captures a stopped process. What cannot be carried and has appeared
-    /// since the preflight is found here, or by [`look_again`].
+    /// since the preflight is found here, or by [`look_again`]. `early` hears what
+    /// changes at every step of a program where the rest takes long to ask.
     ///
     /// # Errors
     /// [`Error::Refused`] with every obstacle; [`Error::Gone`]; those of
     /// ptrace and procfs.
-    pub fn capture(&self, stopped: &mut Stopped, context: &CaptureContext) -> Result<Pcb> {
+    pub fn capture(
+        &self,
+        stopped: &mut Stopped,
+        context: &CaptureContext,
+        early: &mut dyn FnMut(Moving) -> Result<()>,
+    ) -> Result<Pcb> {
         match self {
-            Backend::Ptrace => capture_by_ptrace(stopped, context),
+            Backend::Ptrace => capture_by_ptrace(stopped, context, early),
             Backend::Kmod(k) => kmod::capture(k, stopped, context),
         }
     }
@@ -365,6 +356,27 @@ impl Backend {
         Ok(done)
     }
 
+    /// The first and the second beat of what a husk to which all was restored ahead is
+    /// likely to become. Whether nothing more is to be done inside it if that comes
+    /// true; otherwise all of it is to be done again.
+    ///
+    /// # Errors
+    /// As [`Backend::restore`].
+    pub fn restore_likely(
+        &self,
+        husk: &mut Stopped,
+        pcb: &Pcb,
+        clock: ProgramClock,
+        present: &mut Present,
+    ) -> Result<bool> {
+        self.restore(husk, Batch::new(), pcb, present)?;
+        match self {
+            Backend::Ptrace => self.prepare(husk, pcb, clock).map(|()| true),
+            // It adds to what is pending, and may do so once.
+            Backend::Kmod(_) => Ok(false),
+        }
+    }
+
     /// The second beat, as soon as nothing more is to be done inside the husk; its
     /// memory may still come. `clock` is the program's at the target.
     ///
@@ -411,7 +423,11 @@ impl Backend {
     }
 }
 
-fn capture_by_ptrace(stopped: &mut Stopped, context: &CaptureContext) -> Result<Pcb> {
+fn capture_by_ptrace(
+    stopped: &mut Stopped,
+    context: &CaptureContext,
+    early: &mut dyn FnMut(Moving) -> Result<()>,
+) -> Result<Pcb> {
     let pid = stopped.pid();
     let status = Status::again(context.files)?;
     stopped.signals_known(&status);
@@ -428,6 +444,16 @@ fn capture_by_ptrace(stopped: &mut Stopped, context: &CaptureContext) -> Result<
     let restart = Restart::capture(stopped, context.watch);
     let registers = Registers::capture(stopped)?;
     let queues = Signals::queues(stopped, &status)?;
+    if let Ok(restart) = &restart {
+        early(Moving {
+            general: registers.general,
+            xstate: registers.xstate.clone(),
+            restart: *restart,
+            mask: stopped.sigmask(),
+            private: queues.private.clone(),
+            shared: queues.shared.clone(),
+        })?;
+    }
     let done = stopped.run(batch)?;
 
     obstacles.extend(refusals.obstacles(&done));

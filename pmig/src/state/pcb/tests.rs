@@ -95,7 +95,7 @@ fn capture_by(backend: &Backend, stopped: &mut Stopped, watch: &Watch) -> Result
         clock: ProgramClock::default(),
         files: &Kept::of(stopped.pid()),
     };
-    backend.capture(stopped, &context)
+    backend.capture(stopped, &context, &mut |_| Ok(()))
 }
 
 /// ptrace, and the module where there is one.
