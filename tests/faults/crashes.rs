@@ -7,6 +7,7 @@ use lab::harness::Trial;
 use lab::victim::hurry;
 use lab::{Cmd, Lab, Make};
 use pmig::protocol::message::{Hello, ToTarget};
+use pmig::state::pcb::PcbChoice;
 use std::time::Duration;
 
 type Claim = (&'static str, fn(&Cell) -> Result<()>);
@@ -69,6 +70,14 @@ const CLAIMS: &[Claim] = &[
             hello.preview.machine.vdso = "another".into();
         })
     }),
+    (
+        "a_module_that_the_target_lacks_is_refused_by_name",
+        |cell| {
+            misfit(cell, &["kernel module"], |hello| {
+                hello.pcb = PcbChoice::Kmod;
+            })
+        },
+    ),
     ("another_architecture_is_refused_by_name", |cell| {
         misfit(cell, &["riscv64"], |hello| {
             hello.preview.machine.arch = "riscv64".into();
