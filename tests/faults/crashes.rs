@@ -5,9 +5,11 @@ use super::proxy::{Act, Gate, Message, Proxy};
 use anyhow::{ensure, Context, Result};
 use lab::harness::Trial;
 use lab::victim::hurry;
-use lab::{Cmd, Lab, Make};
+use lab::{Cmd, Host, Lab, Make};
 use pmig::protocol::message::{Hello, ToTarget};
 use pmig::state::pcb::PcbChoice;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::Arc;
 use std::time::Duration;
 
 type Claim = (&'static str, fn(&Cell) -> Result<()>);
@@ -63,6 +65,10 @@ const CLAIMS: &[Claim] = &[
     (
         "missing_memory_that_nobody_holds_any_more_is_never_read",
         nobody_holds,
+    ),
+    (
+        "what_was_likely_and_did_not_come_true_is_done_again",
+        unlikely,
     ),
     ("another_vdso_is_refused_by_name", |cell| {
         misfit(cell, &["vdso"], |hello| {
@@ -195,17 +201,8 @@ fn forks(cell: &Cell, harm: fn(&Cell) -> Result<()>) -> Result<()> {
         Act::Pass
     })?;
     let when = format!("{}/forks", cell.directory());
-    let line = format!("forking lines=1000000 pages=12000 when={when}");
-    let cmd = Cmd::new(line.split(' ')).cwd(&cell.directory());
-    let pid = cell.a.spawn(&cmd, &format!("{}/out", cell.directory()))?;
-    let count = |host, what: &str| -> Result<usize> {
-        let output = cell.output(host)?;
-        ensure!(!output.contains("FAIL"), "{output}");
-        Ok(output.lines().filter(|line| line.ends_with(what)).count())
-    };
-    cell.a.wait_for("five lines", LIMIT, &mut || {
-        Ok(count(cell.a, "0 children")? >= 5)
-    })?;
+    let pid = large(cell, &format!("when={when}"))?;
+    let count = |host, what: &str| lines(cell, host, what);
     cell.b.write(&when, 0o644, b"")?;
     let address = format!("{} --mode post", proxy.address());
     let moving = cell.migrate_to(Program { pid }, &address, &[])?;
@@ -223,16 +220,36 @@ fn forks(cell: &Cell, harm: fn(&Cell) -> Result<()>) -> Result<()> {
     cell.b.wait_for("more children", LIMIT, &mut || {
         Ok(count(cell.b, "3 children")? > before + 3)
     })?;
+    ends_well_on_b(cell, pid)?;
+    cell.b.signal(server, 9)
+}
+
+/// Starts a program with much memory on a; its PID.
+fn large(cell: &Cell, more: &str) -> Result<u32> {
+    let line = format!("forking lines=1000000 pages=12000 {more}");
+    let cmd = Cmd::new(line.split_whitespace()).cwd(&cell.directory());
+    let pid = cell.a.spawn(&cmd, &format!("{}/out", cell.directory()))?;
+    cell.a.wait_for("five lines", LIMIT, &mut || {
+        Ok(lines(cell, cell.a, "0 children")? >= 5)
+    })?;
+    Ok(pid)
+}
+
+/// How many of its lines on that host end so.
+fn lines(cell: &Cell, host: &dyn Host, end: &str) -> Result<usize> {
+    let output = cell.output(host)?;
+    ensure!(!output.contains("FAIL"), "{output}");
+    Ok(output.lines().filter(|line| line.ends_with(end)).count())
+}
+
+fn ends_well_on_b(cell: &Cell, pid: u32) -> Result<()> {
     cell.b.write(&hurry(pid), 0o644, b"")?;
     cell.b.wait_for("its end", LIMIT, &mut || {
-        count(cell.b, "")?;
-        Ok(cell
-            .output(cell.b)?
-            .lines()
-            .any(|line| line.starts_with("PASS")))
+        lines(cell, cell.b, "")?;
+        let output = cell.output(cell.b)?;
+        Ok(output.lines().any(|line| line.starts_with("PASS")))
     })?;
-    cell.clean(LIMIT)?;
-    cell.b.signal(server, 9)
+    cell.clean(LIMIT)
 }
 
 fn nobody_serves(cell: &Cell) -> Result<()> {
@@ -285,6 +302,28 @@ fn nobody_holds(cell: &Cell) -> Result<()> {
         "it went on without its memory"
     );
     cell.b.signal(program.pid, 9)?;
+    cell.b.signal(server, 9)
+}
+
+fn unlikely(cell: &Cell) -> Result<()> {
+    let server = cell.serve_shared()?;
+    let said = Arc::new(AtomicU32::new(0));
+    let proxy = cell.proxy({
+        let said = said.clone();
+        move |message| {
+            if let Message::ToTarget(ToTarget::Likely { clock, .. }) = message {
+                said.fetch_add(1, Ordering::Relaxed);
+                clock.coarse -= 1;
+            }
+            Act::Pass
+        }
+    })?;
+    let pid = large(cell, "")?;
+    let moving = cell.migrate_to(Program { pid }, &proxy.address(), &[])?;
+    let ended = ended(cell, moving)?;
+    ensure!(ended.code() == Some(0), "{ended:?}");
+    ensure!(said.load(Ordering::Relaxed) == 1, "it was not said");
+    ends_well_on_b(cell, pid)?;
     cell.b.signal(server, 9)
 }
 

@@ -47,8 +47,6 @@ impl Ahead {
 pub(super) struct Expected {
     pub pcb: Pcb,
     pub clock: Clock,
-    /// Nothing more is to be done inside the husk.
-    pub is_prepared: bool,
 }
 
 impl Building {
@@ -90,21 +88,15 @@ impl Building {
             _ => return Err(Error::bad("source", "says out of turn what is likely")),
         };
         let pcb = known.pcb.moved_on(moving);
-        let is_all = known.installed && known.is_kept_by(&told);
-        // For that it has to get another parent first.
-        if !is_all || pcb.attributes.parent_death_signal != 0 {
+        if !known.installed || !known.is_kept_by(&told) {
             return Ok(());
         }
         let clock = ProgramClock {
             offset: told.ahead.monotonic,
         };
         let husk = self.husk.as_mut().ok_or_else(no_husk)?;
-        let is_prepared = backend.restore_likely(husk.stopped(), &pcb, clock, &mut self.present)?;
-        self.expected = Some(Expected {
-            pcb,
-            clock: told,
-            is_prepared,
-        });
+        let done = backend.restore_likely(husk.stopped(), &pcb, clock, &mut self.present)?;
+        self.expected = done.then_some(Expected { pcb, clock: told });
         Ok(())
     }
 

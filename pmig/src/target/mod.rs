@@ -361,7 +361,9 @@ impl Building {
         let clock = ProgramClock {
             offset: clock.ahead.monotonic,
         };
-        if came_true.is_none() {
+        if came_true.is_some() {
+            self.present.complete(&pcb)?;
+        } else {
             let husk = self.husk.as_mut().ok_or_else(no_husk)?;
             let done = backend.restore(husk.stopped(), batch, &pcb, &mut self.present)?;
             installation.map_or(Ok(()), |i| i.check(&done))?;
@@ -370,7 +372,7 @@ impl Building {
         part(&mut times.pcb);
 
         let prepare = |husk: &mut Husk| backend.prepare(husk.stopped(), &pcb, clock);
-        self.rest(wire, came_true.is_some_and(|e| e.is_prepared), prepare)?;
+        self.rest(wire, came_true.is_some(), prepare)?;
         self.laps.add("last pages");
         part(&mut times.memory);
 

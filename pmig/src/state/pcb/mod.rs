@@ -165,6 +165,26 @@ impl Present {
         Ok(())
     }
 
+    /// Whether a husk that was made this can be made something else: it stays root, may
+    /// map what it likes, and no signal waits for it.
+    fn is_left_free_by(&self, pcb: &Pcb) -> bool {
+        pcb.credentials == self.credentials
+            && pcb.attributes == pcb.attributes.ahead()
+            && !pcb.limits.differ_in_memory(&self.limits)
+            && pcb.signals == pcb.signals.ahead()
+    }
+
+    /// What [`Backend::restore_likely`] leaves, when nothing more is to be done inside
+    /// the husk.
+    ///
+    /// # Errors
+    /// Those of prlimit(2).
+    pub fn complete(&mut self, pcb: &Pcb) -> Result<()> {
+        pcb.limits.restore_outside(self.pid, &self.limits)?;
+        self.limits = pcb.limits.clone();
+        Ok(())
+    }
+
     /// Adds what differs, of what is set first.
     fn differs_by(&self, backend: &Backend, pcb: &Pcb, batch: &mut Batch) -> Result<()> {
         let now = self.restored.as_deref();
@@ -357,8 +377,9 @@ impl Backend {
     }
 
     /// The first and the second beat of what a husk to which all was restored ahead is
-    /// likely to become. Whether nothing more is to be done inside it if that comes
-    /// true; otherwise all of it is to be done again.
+    /// likely to become, but for its limits. If that comes true,
+    /// [`Present::complete`] follows, and the third beat; otherwise all three are to be
+    /// done. `false`: nothing was done, for it could not be done again.
     ///
     /// # Errors
     /// As [`Backend::restore`].
@@ -369,12 +390,17 @@ impl Backend {
         clock: ProgramClock,
         present: &mut Present,
     ) -> Result<bool> {
-        self.restore(husk, Batch::new(), pcb, present)?;
-        match self {
-            Backend::Ptrace => self.prepare(husk, pcb, clock).map(|()| true),
-            // It adds to what is pending, and may do so once.
-            Backend::Kmod(_) => Ok(false),
+        // The module adds to what is pending.
+        if !matches!(self, Backend::Ptrace) || !present.is_left_free_by(pcb) {
+            return Ok(false);
         }
+        let pcb = Pcb {
+            limits: present.limits.clone(),
+            ..pcb.clone()
+        };
+        self.restore(husk, Batch::new(), &pcb, present)?;
+        self.prepare(husk, &pcb, clock)?;
+        Ok(true)
     }
 
     /// The second beat, as soon as nothing more is to be done inside the husk; its
