@@ -115,7 +115,7 @@ impl Record {
     }
 }
 
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// Why something was aborted where there was no room to write why.
 const UNSAID: &str = "why could not be written down";
@@ -315,9 +315,14 @@ impl Entry {
                 "is not the record of this migration, or of another version",
             ));
         }
+        // Where those of another boot are still there, they may be half written.
+        let fates = match record.boot_id == boot_id()? {
+            true => fates(role)?.find(&id.to_string())?,
+            false => None,
+        };
         Ok(Some(Entry {
             folder,
-            fates: fates(role)?.find(&id.to_string())?,
+            fates,
             record,
             prepared: None,
             _lock: lock,

@@ -124,6 +124,8 @@ fn of_target(id: Id) -> Result<Option<(Record, Whereabouts)>> {
     let whereabouts = match husk.fate()? {
         Some(Fate::Committed(_)) if runs() => Whereabouts::Here,
         Some(Fate::Committed(_)) => Whereabouts::Ended,
+        // What was decided last went with the boot.
+        None if !husk.this_boot()? => Whereabouts::Unknown,
         _ => Whereabouts::Stayed,
     };
     Ok(Some((record.clone(), whereabouts)))

@@ -179,7 +179,10 @@ pub(super) fn act(armed: &Armed, verdict: &Verdict) -> Result<Now> {
             Now::Moved
         }
     };
-    armed.settle()?;
+    if let Err(e) = armed.settle() {
+        // All was done, whether there is room to write that down or not.
+        tracing::warn!("the record of {} stays open: {e}", record.id);
+    }
     if let (Verdict::RunsHere { .. }, Some(addr)) = (verdict, &record.addr) {
         checkpoint::forget(addr, record.id);
     }

@@ -75,7 +75,10 @@ pub(super) fn undo(aborted: &Aborted, files: &dyn Files) -> Result<NeverRan> {
             tracing::warn!("files shipped for {}: {e}", aborted.record().id);
         }
     }
-    aborted.settle()?;
+    if let Err(e) = aborted.settle() {
+        // It is dead, whether there is room to write that down or not.
+        tracing::warn!("the record of {} stays open: {e}", aborted.record().id);
+    }
     Ok(never)
 }
 

@@ -8,7 +8,7 @@ use crate::protocol::message::ToTarget;
 use crate::state::clock::{self, Clock};
 use crate::state::fd::FdTable;
 use crate::state::memory::Layout;
-use crate::state::pcb::{Backend, CaptureContext, Pcb};
+use crate::state::pcb::{Backend, CaptureContext, Moving, Pcb};
 use crate::state::restart::{ProgramClock, Watch};
 use crate::tracee::Stopped;
 use crate::transport::Addr;
@@ -84,14 +84,16 @@ impl Run<'_> {
         (stands, there): (bool, Clock),
     ) -> Result<Pcb> {
         let is_slow = self.accepted.pcb == Backend::Ptrace.name();
-        let likely = is_slow && stands && !self.postponed && self.ahead.told.is_some();
+        let told = self.ahead.told.as_ref();
+        let is_free = told.is_some_and(|told| told.pcb.is_of_root());
+        let likely = is_slow && stands && !self.postponed && is_free;
         let context = CaptureContext {
             watch,
             clock,
             files: &self.entries,
         };
         let (wire, told) = (&mut self.wire, &mut self.ahead.likely);
-        let mut early = |moving| match likely {
+        let mut early = |moving: Moving| match likely && !moving.has_signals() {
             true => {
                 *told = true;
                 wire.send(&ToTarget::Likely {

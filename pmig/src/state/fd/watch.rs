@@ -537,7 +537,6 @@ pub fn give_back(
     }
 }
 
-/// Numbers the terminals; those of one device are one.
 /// The lowest descriptor of each description.
 fn first_holders(table: &FdTable) -> Vec<i32> {
     let mut first = vec![-1; table.descriptions.len()];
@@ -547,6 +546,7 @@ fn first_holders(table: &FdTable) -> Vec<i32> {
     first
 }
 
+/// Numbers the terminals; those of one device are one.
 fn number_terminals(found: &mut [Found], obstacles: &mut Vec<Obstacle>) -> Vec<Terminal> {
     let mut index: BTreeMap<u64, u32> = BTreeMap::new();
     let mut places: BTreeMap<u64, u64> = BTreeMap::new();

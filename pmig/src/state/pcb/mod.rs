@@ -16,7 +16,7 @@ pub use preflight::{limits_of, look_again, needs, preflight, recheck, Needs};
 
 use super::attributes::Attributes;
 use super::bounds::Bounds;
-use super::credentials::Credentials;
+use super::credentials::{Credentials, Ids};
 use super::limits::Limits;
 use super::registers::{Registers, UserAreas};
 use super::restart::{ProgramClock, Restart, Watch};
@@ -78,7 +78,19 @@ pub struct Moving {
     shared: Vec<SigInfo>,
 }
 
+impl Moving {
+    /// Whether some wait for it.
+    pub fn has_signals(&self) -> bool {
+        !self.private.is_empty() || !self.shared.is_empty()
+    }
+}
+
 impl Pcb {
+    /// Whether it is root's, in full.
+    pub fn is_of_root(&self) -> bool {
+        self.credentials.uid == Ids::default()
+    }
+
     pub fn moving(&self) -> Moving {
         Moving {
             general: self.registers.general,
