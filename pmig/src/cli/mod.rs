@@ -279,9 +279,9 @@ impl How {
 /// How a process is captured.
 #[derive(Debug, Clone, Args)]
 pub struct Capture {
-    /// How registers and signals are read here, and written at the target: by the
-    /// kernel module (`kmod`), by `ptrace`, or by the module where it is loaded
-    /// (`auto`).
+    /// How registers and signals are read here, and by `pmig migrate` written at the
+    /// target: by the kernel module (`kmod`), by `ptrace`, or by the module where it is
+    /// loaded (`auto`).
     #[arg(long, value_enum, default_value_t = Pcb::Auto)]
     pcb: Pcb,
     /// How it is told here which pages the program writes: `uffd` (write
