@@ -243,7 +243,7 @@ pub fn run(id: Id, passage: [i32; 2]) -> Result<()> {
         .context("take over", "the line to pmig")?;
     let mut line = UnixStream::from(line);
     let passage = share(pmig, passage)?;
-    let armed = Armed::join(id)?;
+    let mut armed = Armed::join(id)?;
     line.write_all(&[READY]).context("answer", "pmig")?;
 
     let mut watch = Watch {
@@ -266,6 +266,9 @@ pub fn run(id: Id, passage: [i32; 2]) -> Result<()> {
     let held = if settled {
         None
     } else {
+        if armed.lost()? {
+            armed = take_over(armed)?;
+        }
         if let Err(e) = resolve::complete_input(&armed, &passage) {
             tracing::warn!("what was typed for the program is lost: {e}");
         }
@@ -306,12 +309,31 @@ fn end_of_pmig(armed: &Armed, pmig: Pid, call: &Call, phase: Phase) -> Result<bo
     };
     tracing::info!("migration {}: {why}", armed.record().id);
     // First the decision, then the end of pmig: it may be about to commit.
-    let longest = match armed.abort(&why)? {
+    let stage = match armed.lost()? {
+        true => None,
+        false => Some(armed.abort(&why)?),
+    };
+    let longest = match stage {
         _ if matches!(call, Call::Stalled) => Duration::ZERO,
-        Stage::Aborted(..) | Stage::Armed(_) => patience(KEEPER),
-        Stage::Committing(_) | Stage::Decided(..) => patience(KEEPER) * COMMIT_FACTOR,
+        Some(Stage::Aborted(..) | Stage::Armed(_)) => patience(KEEPER),
+        // Where nobody can decide any more, pmig may have.
+        Some(Stage::Committing(_) | Stage::Decided(..)) | None => patience(KEEPER) * COMMIT_FACTOR,
     };
     Ok(outlive(pmig, longest, armed))
+}
+
+/// Where the place of decision is lost, only who is alone with the records may decide
+/// in them.
+fn take_over(armed: Armed) -> Result<Armed> {
+    let id = armed.record().id;
+    drop(armed);
+    match journal::open_source(id)? {
+        Found::Mine(armed) => Ok(armed),
+        Found::Busy | Found::Missing => Err(Error::bad(
+            format!("migration {id}"),
+            "somebody else is at work on it",
+        )),
+    }
 }
 
 /// pmig is dead: ends the migration, and says in its place what became of the

@@ -118,6 +118,11 @@ impl World {
         (out.status.code().unwrap(), text.into_owned())
     }
 
+    /// Somebody clears the directory for what need not outlive a boot.
+    fn lose_run(&self, side: &str) {
+        fs::remove_dir_all(self.dir.path().join(side).join("run")).unwrap();
+    }
+
     fn record(&self, side: &str, name: &str) -> Option<String> {
         let dir = self.dir.path().join(side).join("state").join(side);
         fs::read_to_string(dir.join(&self.id).join(name)).ok()
@@ -315,6 +320,137 @@ fn a_husk_whose_source_is_gone_waits_for_a_person() {
     let (code, text) = world.pmig("target", &["resolve", &world.id, "--drop"]);
     assert_eq!(code, 0, "{text}");
     assert!(!there.runs());
+}
+
+#[test]
+fn a_lost_decision_does_not_keep_the_program_stopped_when_pmig_dies() {
+    for keeper_lives in [true, false] {
+        let Some(world) = World::new() else { return };
+        let (mut here, mut there) = (Guard::sleeper(), Guard::sleeper());
+        let home = here.cgroup();
+        let _serve = world.serve();
+        drop(world.act("target", &there, ""));
+        let pmig = world.act("source", &here, "");
+        world.lose_run("source");
+        if !keeper_lives {
+            for keeper in keepers(pmig.pid()) {
+                nix::sys::signal::kill(keeper, nix::sys::signal::Signal::SIGKILL).unwrap();
+            }
+        }
+        drop(pmig);
+        if !keeper_lives {
+            world.pmig("source", &["check"]);
+        }
+        eventually("settled", || world.settled("source"));
+        assert!(!there.runs(), "the husk must be dead by then");
+        assert!(here.runs());
+        assert_eq!(here.cgroup(), home);
+    }
+}
+
+#[test]
+fn a_lost_decision_is_taken_for_the_order_where_it_was_given() {
+    let Some(world) = World::new() else { return };
+    let (mut here, mut there) = (Guard::sleeper(), Guard::sleeper());
+    let _serve = world.serve();
+    drop(world.act("target", &there, "commit"));
+    let pmig = world.act("source", &here, "commit");
+    world.lose_run("source");
+    drop(pmig);
+    eventually("settled", || world.settled("source"));
+    assert!(!here.runs(), "two running");
+    assert!(there.runs());
+}
+
+#[test]
+fn a_decision_lost_at_the_target_leaves_both_copies_to_a_person() {
+    for runs in [true, false] {
+        let Some(world) = World::new() else { return };
+        let (mut here, mut there) = (Guard::sleeper(), Guard::sleeper());
+        let _serve = world.serve();
+        drop(world.act("target", &there, "commit"));
+        world.lose_run("target");
+        drop(world.act("source", &here, "commit"));
+        let held = || world.pmig("source", &["resolve", &world.id]);
+        eventually("it is left to a person", || held().0 == 5);
+        let (_, text) = held();
+        assert!(
+            text.contains("lost") && text.contains("--run-here"),
+            "{text}"
+        );
+        let (code, text) = world.pmig("target", &["resolve"]);
+        assert_eq!(code, 5, "{text}");
+        assert!(
+            text.contains("held here, frozen: what was decided"),
+            "{text}"
+        );
+        let (code, text) = world.pmig("target", &["resolve", &world.id]);
+        assert_eq!(code, 5, "{text}");
+        assert!(text.contains("--drop") && text.contains("fates"), "{text}");
+        assert!(here.runs() && there.runs() && frozen(&here) && frozen(&there));
+
+        let what = if runs { "--run-here" } else { "--drop" };
+        let (code, text) = world.pmig("target", &["resolve", &world.id, what]);
+        assert_eq!(code, 0, "{text}");
+        assert!(text.contains("because you said so"), "{text}");
+        assert_eq!(there.runs(), runs);
+        // What the person said is the target's word from now on.
+        let (code, text) = held();
+        assert_eq!(code, 0, "{text}");
+        assert_eq!(here.runs(), !runs, "{text}");
+        assert!(world.settled("source") && world.settled("target"));
+    }
+}
+
+#[test]
+fn of_a_copy_that_is_gone_with_its_decision_nothing_is_said() {
+    let Some(world) = World::new() else { return };
+    let (mut here, there) = (Guard::sleeper(), Guard::sleeper());
+    let _serve = world.serve();
+    drop(world.act("target", &there, ""));
+    world.lose_run("target");
+    drop(there);
+    world.pmig("target", &["check"]);
+    assert!(world.settled("target"), "nothing is left to be decided");
+    drop(world.act("source", &here, "commit"));
+    let held = || world.pmig("source", &["resolve", &world.id]);
+    eventually("it is left to a person", || held().0 == 5);
+    assert!(here.runs() && frozen(&here), "it may have run there");
+    let (_, text) = world.pmig("target", &["ps", "--json"]);
+    assert!(text.contains("unknown"), "{text}");
+    let (code, text) = world.pmig("source", &["resolve", &world.id, "--run-here"]);
+    assert_eq!(code, 0, "{text}");
+}
+
+#[test]
+fn where_no_file_can_be_made_any_more_the_program_goes_on_all_the_same() {
+    let Some(world) = World::new() else { return };
+    let mut program = Guard::sleeper();
+    let home = program.cgroup();
+    let run = world.dir.path().join("source/run");
+    fs::create_dir_all(&run).unwrap();
+    let mount = |args: &[&str]| Command::new("mount").args(args).arg(&run).status();
+    let few = ["-t", "tmpfs", "-o", "nr_inodes=40,mode=700", "tmpfs"];
+    assert!(mount(&few).unwrap().success());
+    let _mounted = Mounted(run.clone());
+    let pmig = world.act("source", &program, "");
+    let full = (0..).map(|n| fs::File::create(run.join(format!("fill{n}"))));
+    let why = full.take(50).find_map(Result::err).unwrap();
+    assert_eq!(why.raw_os_error(), Some(nix::libc::ENOSPC));
+    drop(pmig);
+    eventually("it goes home", || program.cgroup() == home);
+    eventually("settled", || world.settled("source"));
+    assert!(program.runs());
+    assert!(world.record("source", "fate").unwrap().contains("ABORTED"));
+}
+
+/// Goes when the test does.
+struct Mounted(PathBuf);
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
+    }
 }
 
 #[test]

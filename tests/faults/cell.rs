@@ -110,12 +110,16 @@ impl<'a> Cell<'a> {
         format!("/var/lib/pmig/{}", self.name)
     }
 
+    pub fn run(&self) -> String {
+        format!("/run/pmig/{}", self.name)
+    }
+
     /// A pmig with this cell's own records and shortened deadlines.
     pub fn pmig(&self, words: &str, env: &[(&str, &str)]) -> Cmd {
         let words = std::iter::once("pmig").chain(words.split_whitespace());
         let mut cmd = Cmd::new(words)
             .env("PMIG_STATE_DIR", &self.state())
-            .env("PMIG_RUN_DIR", &format!("/run/pmig/{}", self.name))
+            .env("PMIG_RUN_DIR", &self.run())
             .env("PMIG_PATIENCE_MS", &self.patience_ms.to_string());
         for (name, value) in env {
             cmd = cmd.env(name, value);

@@ -109,7 +109,7 @@ pub fn trials() -> Vec<Trial> {
 }
 
 /// A migration whose messages of one kind stop at a gate, by `act`.
-fn held(
+pub fn held(
     cell: &Cell,
     kind: &'static str,
     gate: &Gate,
@@ -134,6 +134,13 @@ fn held(
 /// A program that runs on b and waits for its memory, which stands at a gate.
 fn filling(cell: &Cell, gate: &Gate) -> Result<(Proxy, Program, Moving)> {
     held(cell, "Piece", gate, Act::Wait)
+}
+
+/// The keeper of this cell's migration.
+pub fn keeper(cell: &Cell) -> Result<Option<u32>> {
+    let keeps = |words: &[String]| words.iter().any(|word| word == "keeper");
+    let mut all = cell.a.ps()?.into_iter();
+    Ok(all.find(|p| keeps(&p.cmdline)).map(|p| p.pid))
 }
 
 /// Processes of pmig's on b that do `what` for this cell's migration.
@@ -256,10 +263,8 @@ fn nobody_serves(cell: &Cell) -> Result<()> {
     let server = cell.serve_shared()?;
     let gate = Gate::default();
     let (_proxy, program, moving) = filling(cell, &gate)?;
-    for process in cell.a.ps()? {
-        if process.cmdline.iter().any(|word| word == "keeper") {
-            cell.a.signal(process.pid, 9)?;
-        }
+    if let Some(keeper) = keeper(cell)? {
+        cell.a.signal(keeper, 9)?;
     }
     cell.a.signal(moving.pid, 9)?;
     gate.open();
@@ -327,7 +332,7 @@ fn unlikely(cell: &Cell) -> Result<()> {
     cell.b.signal(server, 9)
 }
 
-fn ended(cell: &Cell, moving: Moving) -> Result<Said> {
+pub fn ended(cell: &Cell, moving: Moving) -> Result<Said> {
     cell.said(moving, LIMIT)?.context("pmig does not end")
 }
 
@@ -361,10 +366,8 @@ fn both_die(cell: &Cell, held_at: &'static str, command: &str, place: &str) -> R
     let server = cell.serve_shared()?;
     let gate = Gate::default();
     let (_proxy, program, moving) = held(cell, held_at, &gate, Act::Wait)?;
-    for process in cell.a.ps()? {
-        if process.cmdline.iter().any(|word| word == "keeper") {
-            cell.a.signal(process.pid, 9)?;
-        }
+    if let Some(keeper) = keeper(cell)? {
+        cell.a.signal(keeper, 9)?;
     }
     cell.a.signal(moving.pid, 9)?;
     let before = cell.output(cell.a)?;

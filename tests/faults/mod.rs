@@ -5,6 +5,7 @@ mod cell;
 mod crashes;
 mod dumping;
 mod hostile;
+mod lost;
 mod matrix;
 mod proxy;
 
@@ -13,6 +14,7 @@ use lab::harness::Trial;
 pub fn trials() -> Vec<Trial> {
     let mut trials = matrix::trials();
     trials.extend(crashes::trials());
+    trials.extend(lost::trials());
     trials.extend(dumping::trials());
     trials.extend(hostile::trials());
     trials

@@ -7,7 +7,9 @@ use std::sync::Arc;
 use nix::fcntl::FlockArg;
 use serde::{Deserialize, Serialize};
 
-use super::{claim, folder, json, read, Entry, Found, NeverRan, New, Record, Role, UNSAID};
+use super::{
+    claim, folder, json, read, start_of, Entry, Found, NeverRan, New, Record, Role, UNSAID,
+};
 use crate::error::{Error, Result};
 use crate::hold::Frozen;
 use crate::id::{Id, Secret};
@@ -63,6 +65,9 @@ pub enum Verdict {
     /// It never ran at the target, or a person said to go on here.
     RunsHere { why: String },
 }
+
+/// Why it was aborted that runs here though nobody can read why.
+const LOST: &str = "the program runs, and what was decided is lost";
 
 /// Why a verdict that is a person's stands.
 const BY_HAND: &str = "a person said so";
@@ -153,6 +158,28 @@ impl Armed {
         }
     }
 
+    /// The same, from the pmig that alone could have recorded COMMITTING, and has
+    /// not: good where the place of decision is lost, too.
+    pub fn withdraw(&self, why: &str) -> Result<Stage> {
+        if self.0.lost()? {
+            self.0
+                .decide_what_is_lost(&State::Aborted { why: why.into() })?;
+        }
+        self.abort(why)
+    }
+
+    /// Whether nobody can tell any more what was decided, if anything was. See
+    /// [`open`].
+    pub fn lost(&self) -> Result<bool> {
+        self.0.lost()
+    }
+
+    /// # Errors
+    /// It is lost: no use in stopping the program.
+    pub fn not_lost(&self) -> Result<()> {
+        self.0.not_lost()
+    }
+
     /// Notes what was taken from the program's terminal, and is to be given back
     /// if it goes on here. Replaces what was noted before. Not synced.
     pub fn note_input(&self, taken: &serde_json::Value) -> Result<()> {
@@ -185,16 +212,15 @@ impl Armed {
     }
 
     pub fn stage(&self) -> Result<Stage> {
+        let committing = Committing(self.0.clone());
+        // There is none without COMMITTING, whatever became of that.
+        if let Some(verdict) = committing.verdict()? {
+            return Ok(Stage::Decided(committing, verdict));
+        }
         Ok(match self.state()? {
             None => Stage::Armed(self.clone()),
             Some(State::Aborted { why }) => Stage::Aborted(self.clone(), why),
-            Some(State::Committing) => {
-                let committing = Committing(self.0.clone());
-                match committing.verdict()? {
-                    None => Stage::Committing(committing),
-                    Some(verdict) => Stage::Decided(committing, verdict),
-                }
-            }
+            Some(State::Committing) => Stage::Committing(committing),
         })
     }
 
@@ -318,13 +344,34 @@ pub fn see(id: Id) -> Result<Option<Armed>> {
     Ok(super::see(Role::Source, id)?.map(|entry| Armed(Arc::new(entry))))
 }
 
-/// Takes over a migration whose pmig and keeper are dead.
+/// Takes over a migration whose pmig and keeper are dead. Where the place of
+/// decision is lost it becomes COMMITTING, unless the program runs: the order may have
+/// been given.
 pub fn open(id: Id) -> Result<Found<Armed>> {
     Ok(match claim(Role::Source, id)? {
-        Found::Mine(entry) => Found::Mine(Armed(Arc::new(entry))),
+        Found::Mine(entry) => {
+            if entry.lost()? {
+                let state = match runs(&entry.record)? {
+                    // After COMMITTING nothing lets it run but a verdict.
+                    true => State::Aborted { why: LOST.into() },
+                    false => State::Committing,
+                };
+                entry.decide_what_is_lost(&state)?;
+            }
+            Found::Mine(Armed(Arc::new(entry)))
+        }
         Found::Busy => Found::Busy,
         Found::Missing => Found::Missing,
     })
+}
+
+/// Whether the program is there and nothing holds it.
+fn runs(record: &Record) -> Result<bool> {
+    let held = match Frozen::open(&record.place)? {
+        Some(cgroup) => cgroup.holds()?,
+        None => false,
+    };
+    Ok(!held && start_of(record.pid).is_ok_and(|start| start == record.start))
 }
 
 /// Where a process of this boot went, if the copy of it that was here is of a

@@ -8,7 +8,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use nix::dir::Dir;
 use nix::errno::Errno;
-use nix::fcntl::{openat, renameat, AtFlags, Flock, FlockArg, OFlag, AT_FDCWD};
+use nix::fcntl::{
+    openat, renameat, renameat2, AtFlags, Flock, FlockArg, OFlag, RenameFlags, AT_FDCWD,
+};
 use nix::sys::stat::{fstat, fstatat, mkdirat, Mode, SFlag};
 use nix::unistd::{fsync, geteuid, linkat, unlinkat, UnlinkatFlags};
 
@@ -198,18 +200,23 @@ impl Folder {
         self.temporary(bytes, false).map(Prepared)
     }
 
-    /// As [`Folder::decide`], with a file that was written ahead of time.
+    /// As [`Folder::decide`], with a file that was written ahead of time, and takes no
+    /// room now.
     pub fn put(&self, prepared: &Prepared, name: &str) -> Result<bool> {
-        match linkat(
-            self.fd(),
-            prepared.0.as_str(),
-            self.fd(),
-            name,
-            AtFlags::empty(),
-        ) {
+        let from = prepared.0.as_str();
+        // A link would take an inode of its own on tmpfs (mm/shmem.c, shmem_link).
+        let flags = RenameFlags::RENAME_NOREPLACE;
+        let put = match renameat2(self.fd(), from, self.fd(), name, flags) {
+            // Not every file system can.
+            Err(Errno::EINVAL) => linkat(self.fd(), from, self.fd(), name, AtFlags::empty()),
+            put => put,
+        };
+        match put {
             Ok(()) => Ok(true),
             Err(Errno::EEXIST) => Ok(false),
-            Err(e) => Err(e).context("link", self.object(name)),
+            // Somebody else put the same file there.
+            Err(Errno::ENOENT) if self.has(name)? => Ok(false),
+            Err(e) => Err(e).context("put in place", self.object(name)),
         }
     }
 
@@ -326,6 +333,23 @@ mod tests {
         });
         assert_eq!(wins.iter().sum::<usize>(), 1);
         assert_eq!(folder.names().unwrap(), ["fate"], "no temporary stays");
+    }
+
+    #[test]
+    fn what_was_prepared_is_put_there_once() {
+        let (_temp, folder) = folder();
+        let prepared = folder.prepare(b"mine").unwrap();
+        assert!(folder.put(&prepared, "fate").unwrap());
+        assert!(!folder.put(&prepared, "fate").unwrap());
+        let other = folder.prepare(b"theirs").unwrap();
+        assert!(!folder.put(&other, "fate").unwrap());
+        assert_eq!(folder.read("fate").unwrap().unwrap(), b"mine");
+        folder.discard(&other).unwrap();
+        folder.forget("fate").unwrap();
+        assert!(
+            folder.put(&prepared, "fate").is_err(),
+            "there is no such file"
+        );
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use nix::fcntl::FlockArg;
 use serde::{Deserialize, Serialize};
 
-use super::{claim, folder, json, read, Entry, Found, New, Order, Record, Role, UNSAID};
+use super::{claim, folder, json, read, start_of, Entry, Found, New, Order, Record, Role, UNSAID};
 use crate::error::{Error, Result};
 use crate::hold::{Frozen, Hold};
 use crate::id::{Id, Secret};
@@ -14,6 +14,11 @@ use crate::transport::Addr;
 /// ARMED: a husk that may yet become the program.
 #[derive(Debug, Clone)]
 pub struct Husk(Arc<Entry>);
+
+/// A copy of which nobody can tell any more whether it was to run here: the place of
+/// decision is lost. A person has to know.
+#[derive(Debug)]
+pub struct Strayed(Husk);
 
 /// COMMITTED won: it runs here, or is about to.
 #[derive(Debug, Clone)]
@@ -47,6 +52,9 @@ pub enum Fate {
 pub enum Looked {
     Decided(Fate),
     Undecided(Husk),
+    /// Nobody can tell any more whether it was to run here; a session that is alive
+    /// may yet say that it was not.
+    Lost,
     /// Why nothing can be said.
     Unknown(String),
 }
@@ -57,6 +65,9 @@ enum State {
     Committed { why: String },
     Aborted { why: String },
 }
+
+/// Why what a person decided stands.
+const BY_HAND: &str = "a person said so";
 
 impl State {
     fn ordered() -> State {
@@ -120,7 +131,7 @@ impl Husk {
     /// A person revives it here.
     pub fn commit_by_hand(&self) -> Result<Fate> {
         self.decide(&State::Committed {
-            why: "a person said so".into(),
+            why: BY_HAND.into(),
         })
     }
 
@@ -134,6 +145,23 @@ impl Husk {
         self.stands(self.0.decide_against(&State::Aborted { why: why.into() }))
     }
 
+    /// The same, from the session that alone could have recorded COMMITTED, and has
+    /// not: good where the place of decision is lost, too.
+    pub fn withdraw(&self, why: &str) -> Result<Fate> {
+        if self.0.lost()? {
+            self.0
+                .decide_what_is_lost(&State::Aborted { why: why.into() })?;
+        }
+        self.abort(why)
+    }
+
+    /// Takes over what nobody can tell any more of whether it was to run here. `None`
+    /// if that is not so, or somebody is at work on it.
+    pub fn strayed(&self) -> Result<Option<Strayed>> {
+        let strayed = self.0.is_alone() && self.0.lost()?;
+        Ok(strayed.then(|| Strayed(self.clone())))
+    }
+
     /// Whether it became ready, and is held. Before that it dies with its
     /// session.
     pub fn held(&self) -> Result<bool> {
@@ -141,6 +169,16 @@ impl Husk {
             Some(cgroup) => cgroup.holds(),
             None => Ok(false),
         }
+    }
+
+    /// Whether nothing is left of it, nor of the program that it became.
+    pub fn is_gone(&self) -> Result<bool> {
+        let record = self.record();
+        let there = match Frozen::open(&record.place)? {
+            Some(cgroup) => cgroup.populated()?,
+            None => false,
+        };
+        Ok(!there && !start_of(record.pid).is_ok_and(|start| start == record.start))
     }
 
     pub fn fate(&self) -> Result<Option<Fate>> {
@@ -178,6 +216,32 @@ impl Husk {
                 Error::bad(self.0.folder.path().display(), "the record vanished")
             })),
         }
+    }
+}
+
+impl Strayed {
+    /// A person lets it run here.
+    pub fn run_here(&self) -> Result<Fate> {
+        self.decide(&State::Committed {
+            why: BY_HAND.into(),
+        })
+    }
+
+    /// A person says that it must not run here.
+    pub fn drop_it(&self) -> Result<Fate> {
+        self.decide(&State::Aborted {
+            why: BY_HAND.into(),
+        })
+    }
+
+    fn decide(&self, wish: &State) -> Result<Fate> {
+        let won = self.0 .0.decide_what_is_lost(wish);
+        self.0.stands(won)
+    }
+
+    /// Nothing of it is left: what it was stays unknown.
+    pub fn settle(&self) -> Result<()> {
+        self.0 .0.settle()
     }
 }
 
@@ -281,10 +345,16 @@ pub fn look(id: Id, secret: &Secret) -> Result<Looked> {
         return unknown("the secret is wrong");
     }
     let husk = Husk(Arc::new(entry));
+    if husk.0.lost()? {
+        return Ok(Looked::Lost);
+    }
+    // Looked at before the fate, which comes first.
+    let settled = husk.0.settled()?;
     match (husk.fate()?, husk.this_boot()?) {
         // Recorded by somebody who saw to it, and no husk outlives a boot.
         (Some(Fate::Aborted(a)), _) => Ok(Looked::Decided(Fate::Aborted(a))),
         (Some(fate), true) => Ok(Looked::Decided(fate)),
+        (None, true) if settled => unknown("what was decided there was lost"),
         (None, true) => Ok(Looked::Undecided(husk)),
         (Some(Fate::Committed(_)), false) => {
             unknown("it was committed here, but the machine has rebooted since")

@@ -124,9 +124,9 @@ fn of_target(id: Id) -> Result<Option<(Record, Whereabouts)>> {
     let whereabouts = match husk.fate()? {
         Some(Fate::Committed(_)) if runs() => Whereabouts::Here,
         Some(Fate::Committed(_)) => Whereabouts::Ended,
-        // What was decided last went with the boot.
-        None if !husk.this_boot()? => Whereabouts::Unknown,
-        _ => Whereabouts::Stayed,
+        Some(Fate::Aborted(_)) => Whereabouts::Stayed,
+        // What was decided last went with the boot, or was lost.
+        None => Whereabouts::Unknown,
     };
     Ok(Some((record.clone(), whereabouts)))
 }

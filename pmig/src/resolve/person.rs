@@ -103,6 +103,10 @@ fn of_target(id: Id) -> Result<Option<Unresolved>> {
         Found::Missing => None,
         Found::Mine(husk) => {
             let peer = printable(&husk.record().peer);
+            if husk.strayed()?.is_some() {
+                let what = format!("{}: what was decided is lost", what_strayed(&husk)?);
+                return Ok(Some(describe(husk.record(), false, what)));
+            }
             let what = match husk.fate()? {
                 None if husk.is_from_file() => "what was to bring it back from a file died".into(),
                 None if husk.held()? => {
@@ -251,18 +255,45 @@ fn resolve_target(husk: &Husk, how: How, files: &dyn Files) -> Result<Resolved> 
     let record = husk.record();
     let (name, peer) = (name(record), printable(&record.peer));
     let done = |text| (true, text);
+    let said = |(resolved, text)| {
+        Ok(Resolved {
+            id: record.id,
+            resolved,
+            text,
+        })
+    };
     let (resolved, text) = if !husk.this_boot()? {
         husk.settle_lost()?;
         done(format!(
             "this machine has rebooted since, so the {name} that was here is gone; what {peer} holds is the last copy"
         ))
     } else {
-        let (fate, by_hand) = match (husk.fate()?, how) {
-            (Some(fate), _) => (Some(fate), false),
-            (None, _) if !husk.held()? => (Some(husk.abort("its session died")?), false),
-            (None, How::Ask) => (None, false),
-            (None, How::RunHere) => (Some(husk.commit_by_hand()?), true),
-            (None, How::Drop) => (Some(husk.abort("a person dropped it")?), true),
+        let strayed = husk.strayed()?;
+        let was_lost = strayed.is_some();
+        let (fate, by_hand) = match (strayed, how) {
+            (Some(lost), _) if husk.is_gone()? => {
+                lost.settle()?;
+                return said(done(format!(
+                    "what was decided on {name} is lost, and nothing of it is left here; whether it ever ran here is not known"
+                )));
+            }
+            (Some(_), How::Ask) => {
+                return said((
+                    false,
+                    format!(
+                        "{what}: what was decided on {name} is lost with {fates}\n\
+                         on {peer} try:                {resolve}\n\
+                         unless it runs on {peer}:     {resolve} --run-here\n\
+                         if it runs on {peer}:         {resolve} --drop",
+                        what = what_strayed(husk)?,
+                        fates = journal::run_dir().join("fates").display(),
+                        resolve = format_args!("pmig resolve {}", record.id),
+                    ),
+                ))
+            }
+            (Some(lost), How::RunHere) => (Some(lost.run_here()?), true),
+            (Some(lost), How::Drop) => (Some(lost.drop_it()?), true),
+            (None, _) => undecided(husk, how)?,
         };
         match fate {
             None => (
@@ -300,16 +331,32 @@ fn resolve_target(husk: &Husk, how: How, files: &dyn Files) -> Result<Resolved> 
             },
             Some(Fate::Aborted(aborted)) => {
                 target::undo(&aborted, files)?;
-                done(format!(
-                    "the copy of {name} held here is gone; it never ran here"
-                ))
+                done(match was_lost {
+                    true => format!("the copy of {name} that was here is gone, because you said so"),
+                    false => format!("the copy of {name} held here is gone; it never ran here"),
+                })
             }
         }
     };
-    Ok(Resolved {
-        id: record.id,
-        resolved,
-        text,
+    said((resolved, text))
+}
+
+/// What is decided, or is by this, and whether the person did it.
+fn undecided(husk: &Husk, how: How) -> Result<(Option<Fate>, bool)> {
+    Ok(match (husk.fate()?, how) {
+        (Some(fate), _) => (Some(fate), false),
+        (None, _) if !husk.held()? => (Some(husk.abort("its session died")?), false),
+        (None, How::Ask) => (None, false),
+        (None, How::RunHere) => (Some(husk.commit_by_hand()?), true),
+        (None, How::Drop) => (Some(husk.abort("a person dropped it")?), true),
+    })
+}
+
+/// How a copy looks of which nobody can tell whether it was to run.
+fn what_strayed(husk: &Husk) -> Result<&'static str> {
+    Ok(match husk.held()? {
+        true => "a copy is held here, frozen",
+        false => "a copy is here, and runs",
     })
 }
 

@@ -1,9 +1,14 @@
+use std::time::{Duration, Instant};
+
 use super::Files;
 use crate::error::{Error, Result};
 use crate::id::Id;
 use crate::journal::{self, Aborted, Committed, Fate, Found, Looked, NeverRan};
 use crate::protocol::fate::{Answer, Question, What};
 use crate::state::clock::A_MOMENT;
+
+/// How long a session may take to say that it has not let the program run.
+const SESSION: Duration = Duration::from_secs(5);
 
 /// Answers the source's question about a migration; may have to end its husk
 /// for that.
@@ -15,8 +20,23 @@ pub fn answer(question: &Question, files: &dyn Files) -> Answer {
 }
 
 fn try_answer(question: &Question, files: &dyn Files) -> Result<Answer> {
-    let fate = match journal::look(question.id, &question.secret)? {
+    let mut looked = journal::look(question.id, &question.secret)?;
+    let begun = Instant::now();
+    while matches!(looked, Looked::Lost)
+        && begun.elapsed() < SESSION
+        && matches!(journal::open_target(question.id)?, Found::Busy)
+    {
+        std::thread::sleep(Duration::from_millis(50));
+        looked = journal::look(question.id, &question.secret)?;
+    }
+    let fate = match looked {
         Looked::Unknown(why) => return Ok(Answer::Unknown(why)),
+        Looked::Lost => {
+            return Ok(Answer::Unknown(format!(
+                "what was decided there is lost, and a person has to say; there: pmig resolve {}",
+                question.id
+            )))
+        }
         Looked::Undecided(_) if question.what == What::Ask => return Ok(Answer::Undecided),
         Looked::Undecided(husk) => husk.abort("the source abandoned it")?,
         Looked::Decided(fate) => fate,
@@ -88,6 +108,18 @@ pub(super) fn sweep_one(id: Id, files: &dyn Files) -> Result<()> {
     };
     if !husk.this_boot()? {
         return husk.settle_lost();
+    }
+    if let Some(strayed) = husk.strayed()? {
+        let record = husk.record();
+        if husk.is_gone()? {
+            return strayed.settle();
+        }
+        tracing::warn!(
+            "whether {} from {} was to run here is lost; see pmig resolve {id}",
+            record.pid,
+            record.peer
+        );
+        return Ok(());
     }
     match husk.fate()? {
         Some(Fate::Committed(committed)) => finish(&committed, files),

@@ -121,7 +121,7 @@ impl Run<'_> {
         let unresolved = || Outcome::Unresolved {
             id: self.id.to_string(),
         };
-        match b.armed.abort(why) {
+        match b.armed.withdraw(why) {
             // If it does not thaw, the keeper tries again.
             Ok(Stage::Aborted(..)) => {
                 let passage = b.keeper.passage();
@@ -152,7 +152,7 @@ impl Run<'_> {
 
 /// Lets the program go on, and tells whoever has to know.
 pub(super) fn abandon(armed: &Armed, keeper: Keeper, hold: Option<Hold>, why: &str) {
-    let aborted = armed.abort(why);
+    let aborted = armed.withdraw(why);
     if let Some(hold) = hold {
         if let Err(e) = hold.release() {
             tracing::warn!("the cgroup made for the migration stays: {e}");

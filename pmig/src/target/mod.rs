@@ -497,7 +497,7 @@ impl Building {
     fn abort(mut self, why: &str) {
         watch_over(COMMIT_PATIENCE);
         tracing::info!("migration ends without a commit: {why}");
-        let ended = self.record.abort(why).and_then(|fate| match fate {
+        let ended = self.record.withdraw(why).and_then(|fate| match fate {
             Fate::Aborted(aborted) => {
                 aborted.bury()?;
                 Ok(Some(aborted))
