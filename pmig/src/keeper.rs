@@ -266,13 +266,19 @@ pub fn run(id: Id, passage: [i32; 2]) -> Result<()> {
     let held = if settled {
         None
     } else {
-        if armed.lost()? {
-            armed = take_over(armed)?;
-        }
         if let Err(e) = resolve::complete_input(&armed, &passage) {
             tracing::warn!("what was typed for the program is lost: {e}");
         }
-        Some(finish(&armed, &call, phase)?)
+        let now = match unless_lost(&armed, finish(&armed, &call, phase))? {
+            Some(now) => now,
+            // Only who is alone with the records may decide in them.
+            None => {
+                drop(armed);
+                armed = take_over(id)?;
+                finish(&armed, &call, phase)?
+            }
+        };
+        Some(now)
     };
     // Whoever reads pmig's output need not wait for what follows.
     dup2_stdout(&null).context("close", "the output")?;
@@ -309,10 +315,7 @@ fn end_of_pmig(armed: &Armed, pmig: Pid, call: &Call, phase: Phase) -> Result<bo
     };
     tracing::info!("migration {}: {why}", armed.record().id);
     // First the decision, then the end of pmig: it may be about to commit.
-    let stage = match armed.lost()? {
-        true => None,
-        false => Some(armed.abort(&why)?),
-    };
+    let stage = unless_lost(armed, armed.abort(&why))?;
     let longest = match stage {
         _ if matches!(call, Call::Stalled) => Duration::ZERO,
         Some(Stage::Aborted(..) | Stage::Armed(_)) => patience(KEEPER),
@@ -322,17 +325,33 @@ fn end_of_pmig(armed: &Armed, pmig: Pid, call: &Call, phase: Phase) -> Result<bo
     Ok(outlive(pmig, longest, armed))
 }
 
-/// Where the place of decision is lost, only who is alone with the records may decide
-/// in them.
-fn take_over(armed: Armed) -> Result<Armed> {
-    let id = armed.record().id;
-    drop(armed);
-    match journal::open_source(id)? {
-        Found::Mine(armed) => Ok(armed),
-        Found::Busy | Found::Missing => Err(Error::bad(
-            format!("migration {id}"),
-            "somebody else is at work on it",
-        )),
+/// `None`: it failed, and the place of decision is lost.
+fn unless_lost<T>(armed: &Armed, r: Result<T>) -> Result<Option<T>> {
+    match r {
+        Err(e) if armed.lost()? => {
+            tracing::warn!("{e}");
+            Ok(None)
+        }
+        r => r.map(Some),
+    }
+}
+
+/// Takes over a migration from whoever may just be looking at it.
+fn take_over(id: Id) -> Result<Armed> {
+    let begun = Instant::now();
+    loop {
+        match journal::open_source(id)? {
+            Found::Mine(armed) => return Ok(armed),
+            Found::Busy if begun.elapsed() < START => {
+                std::thread::sleep(Duration::from_millis(50));
+            }
+            Found::Busy | Found::Missing => {
+                return Err(Error::bad(
+                    format!("migration {id}"),
+                    "is not to be had: somebody is at work on it, or nothing is known",
+                ))
+            }
+        }
     }
 }
 
@@ -378,21 +397,7 @@ fn serve(armed: &Armed) -> Result<()> {
 /// There is nothing to send, or nobody to send it to.
 pub fn serve_memory(id: Id) -> Result<()> {
     let _ = setsid();
-    let begun = Instant::now();
-    loop {
-        match journal::open_source(id)? {
-            Found::Mine(armed) => return serve(&armed),
-            Found::Busy if begun.elapsed() < START => {
-                std::thread::sleep(Duration::from_millis(50));
-            }
-            Found::Busy | Found::Missing => {
-                return Err(Error::bad(
-                    format!("migration {id}"),
-                    "is not to be had: somebody is at work on it, or nothing is known",
-                ))
-            }
-        }
-    }
+    serve(&take_over(id)?)
 }
 
 /// If it was aborted, no husk shall stay held at the target.
@@ -464,9 +469,9 @@ impl Watch<'_> {
         if let Some(left) = patience(KEEPER).checked_sub(silent) {
             return Ok(Some(left));
         }
-        Ok(match self.armed.stage()? {
-            Stage::Armed(_) | Stage::Aborted(..) => None,
-            Stage::Committing(_) | Stage::Decided(..) => {
+        Ok(match unless_lost(self.armed, self.armed.stage())? {
+            Some(Stage::Armed(_) | Stage::Aborted(..)) => None,
+            Some(Stage::Committing(_) | Stage::Decided(..)) | None => {
                 let limit = patience(KEEPER) * COMMIT_FACTOR;
                 limit.checked_sub(silent).filter(|left| !left.is_zero())
             }

@@ -141,10 +141,17 @@ fn eventually(what: &str, is: impl Fn() -> bool) {
     }
 }
 
+/// Whether its cgroup holds it.
 fn frozen(process: &Guard) -> bool {
     let cgroup = process.cgroup();
-    let held = cgroup.contains("-source") || cgroup.contains("-target");
-    held && fs::read_to_string(format!("/proc/{}/wchan", process.pid())).is_ok()
+    let path = cgroup.trim().rsplit("::").next().unwrap();
+    let mounts = fs::read_to_string("/proc/mounts").unwrap();
+    let mut mounts = mounts
+        .lines()
+        .map(|line| line.split(' ').collect::<Vec<_>>());
+    let mount = mounts.find(|words| words[2] == "cgroup2").unwrap()[1].to_owned();
+    let events = fs::read_to_string(format!("{mount}{path}/cgroup.events"));
+    events.is_ok_and(|text| text.contains("frozen 1"))
 }
 
 /// Not a test: pmig's part in the others, in a process that may die for it.
@@ -188,7 +195,15 @@ fn actor() {
         let husk = Husk::arm(new(hold.place())).unwrap();
         let held = hold.freeze(PATIENCE).unwrap();
         if act.contains("commit") {
-            assert!(matches!(husk.commit_by_hand().unwrap(), Fate::Committed(_)));
+            let Fate::Committed(committed) = husk.commit_by_hand().unwrap() else {
+                panic!("nobody aborted it")
+            };
+            if act.contains("run") {
+                committed.let_live(committed.thaw(held).unwrap());
+                committed.keep().unwrap();
+                println!("played");
+                return;
+            }
         }
         drop::<Frozen>(held);
         println!("played");
@@ -359,7 +374,38 @@ fn a_lost_decision_is_taken_for_the_order_where_it_was_given() {
     drop(pmig);
     eventually("settled", || world.settled("source"));
     assert!(!here.runs(), "two running");
-    assert!(there.runs());
+    assert!(there.runs() && !frozen(&there));
+}
+
+#[test]
+fn a_decision_lost_while_pmig_stalls_does_not_stop_its_keeper() {
+    let Some(world) = World::new() else { return };
+    let (mut here, there) = (Guard::sleeper(), Guard::sleeper());
+    let home = here.cgroup();
+    let _serve = world.serve();
+    drop(world.act("target", &there, ""));
+    let mut pmig = world.act("source", &here, "");
+    world.lose_run("source");
+    assert!(!pmig.0.wait().unwrap().success());
+    eventually("it goes home", || here.cgroup() == home);
+    assert!(here.runs());
+}
+
+#[test]
+fn what_came_here_is_left_alone_when_its_decision_is_lost() {
+    let Some(world) = World::new() else { return };
+    let mut there = Guard::sleeper();
+    let _serve = world.serve();
+    drop(world.act("target", &there, "commit run"));
+    world.lose_run("target");
+    let (_, text) = world.pmig("target", &["resolve", &world.id]);
+    assert!(text.contains("was committed here"), "{text}");
+    for what in ["--drop", "--run-here"] {
+        let (_, text) = world.pmig("target", &["resolve", &world.id, what]);
+        assert!(there.runs() && !frozen(&there), "{text}");
+    }
+    let (_, text) = world.pmig("target", &["ps", "--json"]);
+    assert!(text.contains("\"here\""), "{text}");
 }
 
 #[test]
@@ -394,10 +440,12 @@ fn a_decision_lost_at_the_target_leaves_both_copies_to_a_person() {
         assert_eq!(code, 0, "{text}");
         assert!(text.contains("because you said so"), "{text}");
         assert_eq!(there.runs(), runs);
+        assert!(!runs || !frozen(&there));
         // What the person said is the target's word from now on.
         let (code, text) = held();
         assert_eq!(code, 0, "{text}");
         assert_eq!(here.runs(), !runs, "{text}");
+        assert!(runs || !frozen(&here));
         assert!(world.settled("source") && world.settled("target"));
     }
 }
@@ -412,6 +460,11 @@ fn of_a_copy_that_is_gone_with_its_decision_nothing_is_said() {
     drop(there);
     world.pmig("target", &["check"]);
     assert!(world.settled("target"), "nothing is left to be decided");
+    for _ in 0..2 {
+        let (code, text) = world.pmig("target", &["resolve", &world.id]);
+        assert_eq!(code, 0, "{text}");
+        assert!(text.contains("is not known"), "{text}");
+    }
     drop(world.act("source", &here, "commit"));
     let held = || world.pmig("source", &["resolve", &world.id]);
     eventually("it is left to a person", || held().0 == 5);

@@ -116,6 +116,10 @@ fn alive(cell: &Cell, kind: &'static str, side: Side, place: &str) -> Result<()>
             "{said:?}"
         );
     }
+    // Whoever asks afterwards changes nothing.
+    for host in [cell.a, cell.b] {
+        host.exec(&cell.pmig("resolve", &[]))?;
+    }
     runs_at(cell, program, place)?;
     cell.b.signal(server, 9)
 }

@@ -543,6 +543,7 @@ pub fn take_over(wire: &mut Wire, place: &dyn Fn(&Value) -> Result<()>) -> Resul
             Err(e) => Err(e),
         },
         Ok(Looked::Unknown(why)) => Err(unknown(&why)),
+        Ok(Looked::Lost) => Err(unknown("what was decided there is lost")),
         Ok(_) => Err(unknown("was not committed here")),
         Err(e) => Err(e),
     };

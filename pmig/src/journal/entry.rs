@@ -2,18 +2,68 @@
 //! how its fate is decided.
 
 use nix::fcntl::{Flock, FlockArg};
-use serde::de::DeserializeOwned;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
-use super::store::{Folder, Prepared};
+use super::store::Folder;
 use super::{
     boot_id, fates, folder, json, now, read, run_dir, start_of, New, Record, Role, VERSION,
 };
 use crate::error::{Error, Result};
 use crate::id::Id;
 
-/// The decision against the move, written ahead of time.
-const AGAINST: &str = "aborted";
+/// Where nothing is decided there is this file, and who decides renames it: it takes no
+/// room, and where it is gone nobody can.
+const UNDECIDED: &str = "undecided";
+
+/// Beside it: why what was aborted was.
+const WHY: &str = "why";
+
+/// Why something was aborted where there was no room to write why.
+const UNSAID: &str = "why could not be written down";
+
+/// What is decided of a migration on one side. The first is final.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "state", rename_all = "SCREAMING_SNAKE_CASE")]
+pub(super) enum Decision {
+    /// At the source: the order is given.
+    Committing,
+    /// At the target: it runs there.
+    Committed,
+    Aborted {
+        why: String,
+    },
+}
+
+impl Decision {
+    /// What the undecided becomes.
+    fn name(&self) -> &'static str {
+        match self {
+            Decision::Committing => "committing",
+            Decision::Committed => "committed",
+            Decision::Aborted { .. } => "aborted",
+        }
+    }
+
+    pub(super) fn aborted(why: &str) -> Decision {
+        Decision::Aborted { why: why.into() }
+    }
+
+    fn read(fates: &Folder) -> Result<Option<Decision>> {
+        let all = [Decision::Committing, Decision::Committed];
+        for one in all.into_iter().chain([Decision::aborted(UNSAID)]) {
+            if !fates.has(one.name())? {
+                continue;
+            }
+            return Ok(Some(match (one, fates.read(WHY)?) {
+                (Decision::Aborted { .. }, Some(why)) => {
+                    Decision::aborted(&String::from_utf8_lossy(&why))
+                }
+                (one, _) => one,
+            }));
+        }
+        Ok(None)
+    }
+}
 
 /// A directory of a migration, opened.
 #[derive(Debug)]
@@ -22,9 +72,6 @@ pub(super) struct Entry {
     /// Where its fate is decided, if that is of this boot.
     fates: Option<Folder>,
     pub(super) record: Record,
-    /// The decision for the program's move, written ahead of time by who may
-    /// have to take it while the program stands still.
-    prepared: Option<Prepared>,
     /// Nobody else works on it.
     alone: bool,
     /// None where the fate is only looked up or decided beside a live owner.
@@ -32,15 +79,8 @@ pub(super) struct Entry {
 }
 
 impl Entry {
-    /// Records ARMED, with what [`Entry::decide_as_prepared`] decides made ready.
-    /// `otherwise` is decided if the other way is taken and there is no room left to
-    /// say why.
-    pub(super) fn create<T: Serialize>(
-        role: Role,
-        new: New,
-        wish: &T,
-        otherwise: &T,
-    ) -> Result<Entry> {
+    /// Records ARMED.
+    pub(super) fn create(role: Role, new: New) -> Result<Entry> {
         let all = folder(role)?;
         let name = new.id.to_string();
         let known = || {
@@ -55,8 +95,7 @@ impl Entry {
         let folder = all.make(&name)?.ok_or_else(known)?;
         // Without a record they are nobody's, and go with age.
         let fates = fates(role)?.make(&name)?.ok_or_else(known)?;
-        fates.replace(AGAINST, &json(otherwise)?, false)?;
-        let prepared = fates.prepare(&json(wish)?)?;
+        fates.replace(UNDECIDED, b"", false)?;
         let lock = folder.lock(FlockArg::LockSharedNonblock)?;
         let record = Record {
             version: VERSION,
@@ -78,7 +117,6 @@ impl Entry {
             folder,
             fates: Some(fates),
             record,
-            prepared: Some(prepared),
             alone: false,
             _lock: lock,
         })
@@ -88,26 +126,29 @@ impl Entry {
     ///
     /// # Errors
     /// Among others, [`Entry::lost`].
-    pub(super) fn fate<T: DeserializeOwned>(&self) -> Result<Option<T>> {
+    pub(super) fn decided(&self) -> Result<Option<Decision>> {
         // As long as this boot lasts it stays where it was decided.
-        for place in self.fates.iter().chain([&self.folder]) {
-            if let Some(fate) = read(place, "fate")? {
-                return Ok(Some(fate));
+        if let Some(fates) = &self.fates {
+            if let Some(decision) = Decision::read(fates)? {
+                return Ok(Some(decision));
             }
         }
-        self.not_lost().map(|()| None)
+        let decision = read(&self.folder, "fate")?;
+        if decision.is_none() {
+            self.not_lost()?;
+        }
+        Ok(decision)
     }
 
-    /// Whether nobody can read there any more what was decided, if anything was:
-    /// where it was to be decided all is gone, though the machine is up since.
+    /// Whether nobody can read any more what was decided, if anything was: the place is
+    /// gone where it was to be decided, though the machine is up since.
     pub(super) fn lost(&self) -> Result<bool> {
         if !self.this_boot()? || self.folder.has("fate")? || self.settled()? {
             return Ok(false);
         }
-        // One of them is there at any time: in this order, for the one may become the
-        // other.
         match &self.fates {
-            Some(fates) => Ok(!fates.has(AGAINST)? && !fates.has("fate")?),
+            // In this order, for the one becomes the other.
+            Some(fates) => Ok(!fates.has(UNDECIDED)? && Decision::read(fates)?.is_none()),
             None => Ok(true),
         }
     }
@@ -131,43 +172,54 @@ impl Entry {
 
     /// Decides in the records themselves, where the usual place is lost: for whom
     /// nobody else can contradict.
-    pub(super) fn decide_what_is_lost(&self, wish: &impl Serialize) -> Result<bool> {
+    pub(super) fn decide_what_is_lost(&self, wish: &Decision) -> Result<bool> {
         self.folder.decide("fate", &json(wish)?)
     }
 
-    /// Puts a decision there by `put`, unless one was taken; whether it won.
-    fn decide_by(&self, put: impl FnOnce(&Folder) -> Result<bool>) -> Result<bool> {
-        if self.folder.has("fate")? {
-            return Ok(false);
-        }
-        self.not_lost()?;
-        // Nothing that stands still is of another boot.
-        put(self.fates.as_ref().unwrap_or(&self.folder))
-    }
-
     /// Decides the fate, unless it is decided; whether it won.
-    pub(super) fn decide(&self, wish: &impl Serialize) -> Result<bool> {
-        let wish = json(wish)?;
-        self.decide_by(|fates| fates.decide("fate", &wish))
-    }
-
-    /// Decides against the move: that must be possible on a full disk too.
-    pub(super) fn decide_against(&self, wish: &impl Serialize) -> Result<bool> {
-        self.decide(wish).or_else(|e| {
-            let written = self.decide_by(|fates| fates.put_as(AGAINST, "fate"));
-            written.map_err(|_| e)
-        })
-    }
-
-    /// The same, by what was written ahead of time if there is such.
-    pub(super) fn decide_as_prepared(&self, wish: &impl Serialize) -> Result<bool> {
-        match (&self.prepared, &self.fates) {
-            // It cannot be put where all is lost: it would be lost itself.
-            (Some(prepared), Some(fates)) => fates
-                .put(prepared, "fate")
-                .or_else(|e| self.not_lost().and(Err(e))),
-            _ => self.decide(wish),
+    ///
+    /// # Errors
+    /// Among others, [`Entry::lost`].
+    pub(super) fn decide(&self, wish: &Decision) -> Result<bool> {
+        let Some(fates) = &self.fates else {
+            self.not_lost()?;
+            // Nothing that stands still is of another boot.
+            return match self.this_boot()? {
+                true => self.was_decided().map(|()| false),
+                false => self.folder.decide("fate", &json(wish)?),
+            };
+        };
+        if let Decision::Aborted { why } = wish {
+            if fates.has(UNDECIDED)? {
+                // It must be possible on a full disk too.
+                let _ = fates.replace(WHY, why.as_bytes(), false);
+            }
         }
+        let won = fates.rename(UNDECIDED, wish.name())?;
+        if !won {
+            self.was_decided()?;
+        }
+        Ok(won)
+    }
+
+    fn was_decided(&self) -> Result<()> {
+        match self.decided()? {
+            Some(_) => Ok(()),
+            None => Err(Error::bad(
+                format!("migration {}", self.record.id),
+                "is settled, and nothing can be decided any more",
+            )),
+        }
+    }
+
+    /// Decides against the move from the one process that alone could have decided for
+    /// it, and has not: good where the place of decision is lost, too.
+    pub(super) fn withdraw(&self, wish: &Decision) -> Result<bool> {
+        // It may be lost at any moment.
+        self.decide(wish).or_else(|e| match self.lost()? {
+            true => self.decide_what_is_lost(wish),
+            false => Err(e),
+        })
     }
 
     pub(super) fn open(
@@ -201,7 +253,6 @@ impl Entry {
             folder,
             fates,
             record,
-            prepared: None,
             alone,
             _lock: lock,
         }))
@@ -211,20 +262,24 @@ impl Entry {
         Ok(self.record.boot_id == boot_id()?)
     }
 
-    pub(super) fn settle(&self) -> Result<()> {
+    /// Where it is asked for after a boot, and stays whatever becomes of the place of
+    /// decision. `known`: what was decided, if the caller knows.
+    pub(super) fn keep(&self, known: Option<&Decision>) -> Result<()> {
+        if self.folder.has("fate")? {
+            return Ok(());
+        }
+        let there = self.fates.as_ref().map(Decision::read).transpose()?;
+        match there.flatten().as_ref().or(known) {
+            Some(decision) => self.folder.replace("fate", &json(decision)?, false),
+            None => Ok(()),
+        }
+    }
+
+    /// Nothing more is to be done.
+    pub(super) fn settle(&self, known: Option<&Decision>) -> Result<()> {
+        self.keep(known)?;
         if let Some(fates) = &self.fates {
-            // What was decided is asked for after a boot too. Here it stays as well:
-            // somebody may be about to decide.
-            match fates.read("fate")? {
-                Some(fate) if !self.folder.has("fate")? => {
-                    self.folder.replace("fate", &fate, false)?;
-                }
-                _ => {}
-            }
-            if let Some(prepared) = &self.prepared {
-                fates.discard(prepared)?;
-            }
-            fates.forget(AGAINST)?;
+            fates.forget(UNDECIDED)?;
         }
         self.folder.forget("input")?;
         self.folder.decide("settled", b"{}\n").map(drop)

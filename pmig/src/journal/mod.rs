@@ -8,7 +8,7 @@
 //! | file | | made |
 //! |---|---|---|
 //! | `record` | ARMED: who, where, when, on which boot | synced, before the freeze |
-//! | `fate` | what was decided, see below | when all is done that follows |
+//! | `fate` | what was decided below | when all is done that follows |
 //! | `verdict` | source, after COMMITTING: MOVED or RUNS_HERE | exclusively |
 //! | `settled` | all was done that follows; nothing is held any more | last |
 //! | `ended` | target: how the program ended | by its holder |
@@ -18,13 +18,15 @@
 //! | `fill` | target: memory may be missing | before Ready |
 //! | `lock` | held shared by all who work on it | |
 //!
-//! And one where things are quicker made and need not outlive the boot,
+//! And one where names are quicker changed and need not outlive the boot,
 //! `/run/pmig/fates/{source,target}/ID/`:
 //!
-//! | file | | made |
+//! | file | | |
 //! |---|---|---|
-//! | `fate` | source: COMMITTING or ABORTED; target: COMMITTED or ABORTED | exclusively: the first wins |
-//! | `aborted` | ABORTED for whom there is no room to write why, or what `fate` was | before `record` |
+//! | `undecided` | renamed by the first who decides | before `record` |
+//! | `committing`, `committed` | what it became at the source, at the target | |
+//! | `aborted` | or what it became at either | |
+//! | `why` | why it was aborted, where there was room to write | before that |
 //!
 //! From the freeze on nothing is synced: a record need only outlive the death of
 //! pmig. If the machine dies, so does the program on it, and the boot id tells.
@@ -111,6 +113,12 @@ pub struct Record {
 }
 
 impl Record {
+    /// Whether the process that it names is there, and has not ended.
+    pub fn lives(&self) -> bool {
+        let stat = procfs::process::Process::new(self.pid).and_then(|p| p.stat());
+        stat.is_ok_and(|s| s.starttime == self.start && !matches!(s.state, 'Z' | 'X'))
+    }
+
     /// Where the program is if it is no more at the source: `runs on b`, or `is
     /// in FILE`. Control characters are escaped.
     pub fn there(&self) -> String {
@@ -122,10 +130,7 @@ impl Record {
     }
 }
 
-const VERSION: u32 = 2;
-
-/// Why something was aborted where there was no room to write why.
-const UNSAID: &str = "why could not be written down";
+const VERSION: u32 = 3;
 
 /// What the caller of `arm` knows.
 #[derive(Debug, Clone)]

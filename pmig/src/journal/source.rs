@@ -7,9 +7,8 @@ use std::sync::Arc;
 use nix::fcntl::FlockArg;
 use serde::{Deserialize, Serialize};
 
-use super::{
-    claim, folder, json, read, start_of, Entry, Found, NeverRan, New, Record, Role, UNSAID,
-};
+use super::entry::{Decision, Entry};
+use super::{claim, folder, json, read, Found, NeverRan, New, Record, Role};
 use crate::error::{Error, Result};
 use crate::hold::Frozen;
 use crate::id::{Id, Secret};
@@ -47,13 +46,6 @@ pub enum Lost {
     Aborted { why: String },
     /// The record could not be written; nothing is decided.
     Failed(Error),
-}
-
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(tag = "state", rename_all = "SCREAMING_SNAKE_CASE")]
-enum State {
-    Committing,
-    Aborted { why: String },
 }
 
 /// How it ended after COMMITTING.
@@ -96,8 +88,7 @@ impl Armed {
     /// # Errors
     /// Fails where the id was used before.
     pub fn arm(new: New) -> Result<Armed> {
-        let aborted = State::Aborted { why: UNSAID.into() };
-        Entry::create(Role::Source, new, &State::Committing, &aborted).map(|e| Armed(Arc::new(e)))
+        Entry::create(Role::Source, new).map(|e| Armed(Arc::new(e)))
     }
 
     /// Opens the record of a living migration beside its owner (for its
@@ -130,14 +121,14 @@ impl Armed {
     /// Records COMMITTING, unless ABORTED was recorded before: the point of no
     /// return.
     pub fn commit(&self) -> Result<Committing, Lost> {
-        let won = self.0.decide_as_prepared(&State::Committing);
+        let won = self.0.decide(&Decision::Committing);
         if let Ok(true) = won {
             return Ok(Committing(self.0.clone()));
         }
         // A decision that failed may still have been made.
-        match (self.state(), won) {
-            (Ok(Some(State::Committing)), _) => Ok(Committing(self.0.clone())),
-            (Ok(Some(State::Aborted { why })), _) => Err(Lost::Aborted { why }),
+        match (self.0.decided(), won) {
+            (Ok(Some(Decision::Aborted { why })), _) => Err(Lost::Aborted { why }),
+            (Ok(Some(_)), _) => Ok(Committing(self.0.clone())),
             (_, Err(e)) | (Err(e), _) => Err(Lost::Failed(e)),
             (Ok(None), Ok(_)) => Err(Lost::Failed(Error::bad(
                 self.0.folder.path().display(),
@@ -149,23 +140,23 @@ impl Armed {
     /// Records ABORTED, unless COMMITTING was recorded before; then that stands.
     /// Only after this may the program be let go on.
     pub fn abort(&self, why: &str) -> Result<Stage> {
-        let won = self.0.decide_against(&State::Aborted { why: why.into() });
+        self.stands(self.0.decide(&Decision::aborted(why)))
+    }
+
+    /// The same, from the pmig that alone could have recorded COMMITTING, and has
+    /// not: good where the place of decision is lost, too.
+    pub fn withdraw(&self, why: &str) -> Result<Stage> {
+        self.stands(self.0.withdraw(&Decision::aborted(why)))
+    }
+
+    /// What was decided, by whomever: a decision that failed may still have been made.
+    fn stands(&self, won: Result<bool>) -> Result<Stage> {
         match self.stage()? {
             Stage::Armed(_) => Err(won.err().unwrap_or_else(|| {
                 Error::bad(self.0.folder.path().display(), "the record vanished")
             })),
             stage => Ok(stage),
         }
-    }
-
-    /// The same, from the pmig that alone could have recorded COMMITTING, and has
-    /// not: good where the place of decision is lost, too.
-    pub fn withdraw(&self, why: &str) -> Result<Stage> {
-        if self.0.lost()? {
-            self.0
-                .decide_what_is_lost(&State::Aborted { why: why.into() })?;
-        }
-        self.abort(why)
     }
 
     /// Whether nobody can tell any more what was decided, if anything was. See
@@ -217,24 +208,20 @@ impl Armed {
         if let Some(verdict) = committing.verdict()? {
             return Ok(Stage::Decided(committing, verdict));
         }
-        Ok(match self.state()? {
+        Ok(match self.0.decided()? {
             None => Stage::Armed(self.clone()),
-            Some(State::Aborted { why }) => Stage::Aborted(self.clone(), why),
-            Some(State::Committing) => Stage::Committing(committing),
+            Some(Decision::Aborted { why }) => Stage::Aborted(self.clone(), why),
+            Some(_) => Stage::Committing(committing),
         })
     }
 
     /// Nothing is held any more, and all that follows was done.
     pub fn settle(&self) -> Result<()> {
-        self.0.settle()
+        self.0.settle(None)
     }
 
     pub fn settled(&self) -> Result<bool> {
         self.0.settled()
-    }
-
-    fn state(&self) -> Result<Option<State>> {
-        self.0.fate()
     }
 }
 
@@ -289,7 +276,7 @@ impl Committing {
         match self.runs_there()? {
             Verdict::Moved { .. } => {
                 held.kill()?;
-                self.0.settle()
+                self.0.settle(Some(&Decision::Committing))
             }
             Verdict::RunsHere { why } => Err(Error::bad(
                 format!("migration {}", self.0.record.id),
@@ -351,12 +338,11 @@ pub fn open(id: Id) -> Result<Found<Armed>> {
     Ok(match claim(Role::Source, id)? {
         Found::Mine(entry) => {
             if entry.lost()? {
-                let state = match runs(&entry.record)? {
+                entry.decide_what_is_lost(&match runs(&entry.record)? {
                     // After COMMITTING nothing lets it run but a verdict.
-                    true => State::Aborted { why: LOST.into() },
-                    false => State::Committing,
-                };
-                entry.decide_what_is_lost(&state)?;
+                    true => Decision::aborted(LOST),
+                    false => Decision::Committing,
+                })?;
             }
             Found::Mine(Armed(Arc::new(entry)))
         }
@@ -371,7 +357,7 @@ fn runs(record: &Record) -> Result<bool> {
         Some(cgroup) => cgroup.holds()?,
         None => false,
     };
-    Ok(!held && start_of(record.pid).is_ok_and(|start| start == record.start))
+    Ok(!held && record.lives())
 }
 
 /// Where a process of this boot went, if the copy of it that was here is of a

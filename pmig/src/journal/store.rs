@@ -8,9 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use nix::dir::Dir;
 use nix::errno::Errno;
-use nix::fcntl::{
-    openat, renameat, renameat2, AtFlags, Flock, FlockArg, OFlag, RenameFlags, AT_FDCWD,
-};
+use nix::fcntl::{openat, renameat, AtFlags, Flock, FlockArg, OFlag, AT_FDCWD};
 use nix::sys::stat::{fstat, fstatat, mkdirat, Mode, SFlag};
 use nix::unistd::{fsync, geteuid, linkat, unlinkat, UnlinkatFlags};
 
@@ -25,10 +23,6 @@ pub struct Folder {
     fd: OwnedFd,
     path: PathBuf,
 }
-
-/// A whole file that has no name of its own yet.
-#[derive(Debug)]
-pub struct Prepared(String);
 
 const DIR: OFlag = OFlag::O_RDONLY
     .union(OFlag::O_DIRECTORY)
@@ -195,34 +189,14 @@ impl Folder {
         Ok(())
     }
 
-    /// Writes a file ahead of time, for [`Folder::put`].
-    pub fn prepare(&self, bytes: &[u8]) -> Result<Prepared> {
-        self.temporary(bytes, false).map(Prepared)
-    }
-
-    /// As [`Folder::decide`], with a file that was written ahead of time, and takes no
-    /// room now.
-    pub fn put(&self, prepared: &Prepared, name: &str) -> Result<bool> {
-        let from = prepared.0.as_str();
-        // A link would take an inode of its own on tmpfs (mm/shmem.c, shmem_link).
-        let flags = RenameFlags::RENAME_NOREPLACE;
-        let put = match renameat2(self.fd(), from, self.fd(), name, flags) {
-            // Not every file system can.
-            Err(Errno::EINVAL) => linkat(self.fd(), from, self.fd(), name, AtFlags::empty()),
-            put => put,
-        };
-        match put {
+    /// Gives a file another name, which takes no room: of many who try, one does.
+    /// `false`: it is not there.
+    pub fn rename(&self, from: &str, to: &str) -> Result<bool> {
+        match renameat(self.fd(), from, self.fd(), to) {
             Ok(()) => Ok(true),
-            Err(Errno::EEXIST) => Ok(false),
-            // Somebody else put the same file there.
-            Err(Errno::ENOENT) if self.has(name)? => Ok(false),
-            Err(e) => Err(e).context("put in place", self.object(name)),
+            Err(Errno::ENOENT) => Ok(false),
+            Err(e) => Err(e).context("rename into", self.object(to)),
         }
-    }
-
-    /// The same, of a file with a name of its own.
-    pub fn put_as(&self, from: &str, name: &str) -> Result<bool> {
-        self.put(&Prepared(from.into()), name)
     }
 
     /// Deletes a file, if it is there.
@@ -230,18 +204,18 @@ impl Folder {
         self.delete(name)
     }
 
-    /// Deletes what was written ahead of time, put or not.
-    pub fn discard(&self, prepared: &Prepared) -> Result<()> {
-        self.delete(&prepared.0)
-    }
-
     /// Puts a file there if nothing has the name: of many who try, one wins,
     /// and nobody ever sees it half written. `false`: lost.
     pub fn decide(&self, name: &str, bytes: &[u8]) -> Result<bool> {
-        let prepared = self.prepare(bytes)?;
-        let put = self.put(&prepared, name);
-        let _ = self.discard(&prepared);
-        put
+        let temporary = self.temporary(bytes, false)?;
+        let (fd, from) = (self.fd(), temporary.as_str());
+        let put = linkat(fd, from, fd, name, AtFlags::empty());
+        let _ = self.delete(&temporary);
+        match put {
+            Ok(()) => Ok(true),
+            Err(Errno::EEXIST) => Ok(false),
+            Err(e) => Err(e).context("link", self.object(name)),
+        }
     }
 
     /// Makes the names in it survive the machine.
@@ -336,20 +310,20 @@ mod tests {
     }
 
     #[test]
-    fn what_was_prepared_is_put_there_once() {
+    fn of_many_renamers_one_wins() {
         let (_temp, folder) = folder();
-        let prepared = folder.prepare(b"mine").unwrap();
-        assert!(folder.put(&prepared, "fate").unwrap());
-        assert!(!folder.put(&prepared, "fate").unwrap());
-        let other = folder.prepare(b"theirs").unwrap();
-        assert!(!folder.put(&other, "fate").unwrap());
-        assert_eq!(folder.read("fate").unwrap().unwrap(), b"mine");
-        folder.discard(&other).unwrap();
-        folder.forget("fate").unwrap();
-        assert!(
-            folder.put(&prepared, "fate").is_err(),
-            "there is no such file"
-        );
+        folder.replace("undecided", b"", false).unwrap();
+        let names: Vec<String> = (0..16).map(|n| format!("name{n}")).collect();
+        let won = std::thread::scope(|s| {
+            let rename = |to| folder.rename("undecided", to).unwrap();
+            let threads: Vec<_> = names.iter().map(|to| s.spawn(move || rename(to))).collect();
+            threads
+                .into_iter()
+                .map(|t| t.join().unwrap())
+                .filter(|won| *won)
+                .count()
+        });
+        assert_eq!((won, folder.names().unwrap().len()), (1, 1));
     }
 
     #[test]

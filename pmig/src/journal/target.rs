@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use nix::fcntl::FlockArg;
-use serde::{Deserialize, Serialize};
 
-use super::{claim, folder, json, read, start_of, Entry, Found, New, Order, Record, Role, UNSAID};
+use super::entry::{Decision, Entry};
+use super::{claim, folder, json, read, Found, New, Order, Record, Role};
 use crate::error::{Error, Result};
 use crate::hold::{Frozen, Hold};
 use crate::id::{Id, Secret};
@@ -59,32 +59,13 @@ pub enum Looked {
     Unknown(String),
 }
 
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(tag = "state", rename_all = "SCREAMING_SNAKE_CASE")]
-enum State {
-    Committed { why: String },
-    Aborted { why: String },
-}
-
-/// Why what a person decided stands.
-const BY_HAND: &str = "a person said so";
-
-impl State {
-    fn ordered() -> State {
-        State::Committed {
-            why: "the source said so".into(),
-        }
-    }
-}
-
 impl Husk {
     /// Records ARMED and syncs it. Before the source freezes.
     ///
     /// # Errors
     /// Fails where the id was used before.
     pub fn arm(new: New) -> Result<Husk> {
-        let aborted = State::Aborted { why: UNSAID.into() };
-        Entry::create(Role::Target, new, &State::ordered(), &aborted).map(|e| Husk(Arc::new(e)))
+        Entry::create(Role::Target, new).map(|e| Husk(Arc::new(e)))
     }
 
     pub fn record(&self) -> &Record {
@@ -121,7 +102,7 @@ impl Husk {
         if order.id() != record.id || !order.secret().is(&record.secret) {
             return Err(Error::bad("commit", "is for another migration"));
         }
-        let won = self.0.decide_as_prepared(&State::ordered());
+        let won = self.0.decide(&Decision::Committed);
         if let Ok(true) = won {
             return Ok(Fate::Committed(Committed(self.0.clone())));
         }
@@ -130,9 +111,7 @@ impl Husk {
 
     /// A person revives it here.
     pub fn commit_by_hand(&self) -> Result<Fate> {
-        self.decide(&State::Committed {
-            why: BY_HAND.into(),
-        })
+        self.stands(self.0.decide(&Decision::Committed))
     }
 
     /// Whether a file was to become it: then nobody else decides.
@@ -142,17 +121,22 @@ impl Husk {
 
     /// Records ABORTED, unless COMMITTED won before; says which stands.
     pub fn abort(&self, why: &str) -> Result<Fate> {
-        self.stands(self.0.decide_against(&State::Aborted { why: why.into() }))
+        self.stands(self.0.decide(&Decision::aborted(why)))
     }
 
     /// The same, from the session that alone could have recorded COMMITTED, and has
     /// not: good where the place of decision is lost, too.
     pub fn withdraw(&self, why: &str) -> Result<Fate> {
-        if self.0.lost()? {
-            self.0
-                .decide_what_is_lost(&State::Aborted { why: why.into() })?;
-        }
-        self.abort(why)
+        self.stands(self.0.withdraw(&Decision::aborted(why)))
+    }
+
+    /// Whether nobody can tell any more what was decided, if anything was.
+    pub fn lost(&self) -> Result<bool> {
+        self.0.lost()
+    }
+
+    pub fn settled(&self) -> Result<bool> {
+        self.0.settled()
     }
 
     /// Takes over what nobody can tell any more of whether it was to run here. `None`
@@ -178,13 +162,13 @@ impl Husk {
             Some(cgroup) => cgroup.populated()?,
             None => false,
         };
-        Ok(!there && !start_of(record.pid).is_ok_and(|start| start == record.start))
+        Ok(!there && !record.lives())
     }
 
     pub fn fate(&self) -> Result<Option<Fate>> {
-        Ok(self.0.fate()?.map(|state| match state {
-            State::Committed { .. } => Fate::Committed(Committed(self.0.clone())),
-            State::Aborted { .. } => Fate::Aborted(Aborted(self.0.clone())),
+        Ok(self.0.decided()?.map(|decision| match decision {
+            Decision::Aborted { .. } => Fate::Aborted(Aborted(self.0.clone())),
+            _ => Fate::Committed(Committed(self.0.clone())),
         }))
     }
 
@@ -200,11 +184,7 @@ impl Husk {
 
     /// For a record of another boot: whatever it was, it is no more.
     pub fn settle_lost(&self) -> Result<()> {
-        self.0.settle()
-    }
-
-    fn decide(&self, wish: &State) -> Result<Fate> {
-        self.stands(self.0.decide(wish))
+        self.0.settle(None)
     }
 
     /// What was decided, by whomever: a decision that failed may still have
@@ -222,26 +202,22 @@ impl Husk {
 impl Strayed {
     /// A person lets it run here.
     pub fn run_here(&self) -> Result<Fate> {
-        self.decide(&State::Committed {
-            why: BY_HAND.into(),
-        })
+        self.decide(&Decision::Committed)
     }
 
     /// A person says that it must not run here.
     pub fn drop_it(&self) -> Result<Fate> {
-        self.decide(&State::Aborted {
-            why: BY_HAND.into(),
-        })
+        self.decide(&Decision::aborted("a person said so"))
     }
 
-    fn decide(&self, wish: &State) -> Result<Fate> {
-        let won = self.0 .0.decide_what_is_lost(wish);
-        self.0.stands(won)
+    fn decide(&self, wish: &Decision) -> Result<Fate> {
+        let husk = &self.0;
+        husk.stands(husk.0.decide_what_is_lost(wish))
     }
 
     /// Nothing of it is left: what it was stays unknown.
     pub fn settle(&self) -> Result<()> {
-        self.0 .0.settle()
+        self.0 .0.settle(None)
     }
 }
 
@@ -298,9 +274,14 @@ impl Committed {
         self.0.settled()
     }
 
+    /// Writes that down where it stays, whatever becomes of the place of decision.
+    pub fn keep(&self) -> Result<()> {
+        self.0.keep(Some(&Decision::Committed))
+    }
+
     /// It runs, its files are in place, nothing more is to be done.
     pub fn settle(&self) -> Result<()> {
-        self.0.settle()
+        self.0.settle(Some(&Decision::Committed))
     }
 }
 
@@ -324,7 +305,7 @@ impl Aborted {
 
     /// The husk is dead, its files are gone, nothing more is to be done.
     pub fn settle(&self) -> Result<()> {
-        self.0.settle()
+        self.0.settle(Some(&Decision::aborted("it was ended")))
     }
 }
 

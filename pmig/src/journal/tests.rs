@@ -145,21 +145,42 @@ fn a_decision_that_is_gone_never_reads_as_undecided() {
 }
 
 #[test]
-fn files_that_are_gone_from_a_decision_s_place_are_as_bad_as_the_place() {
+fn a_place_of_decision_that_is_cleared_by_halves_is_as_bad_as_none() {
+    private_state();
+    for decided in [false, true] {
+        let new = nowhere();
+        let armed = Armed::arm(new.clone()).unwrap();
+        if decided {
+            armed.commit().unwrap();
+        }
+        let all = fates(Role::Source).unwrap();
+        let place = all.find(&new.id.to_string()).unwrap().unwrap();
+        let names = place.names().unwrap();
+        assert_eq!(names.len(), 1, "{names:?}");
+        place.forget(&names[0]).unwrap();
+        assert!(armed.lost().unwrap());
+        assert!(armed.abort("nobody knows better").is_err());
+        assert!(armed.commit().is_err());
+        assert!(armed.lost().unwrap());
+    }
+}
+
+#[test]
+fn what_is_done_is_known_though_its_place_of_decision_was_lost() {
     private_state();
     let new = nowhere();
-    let armed = Armed::arm(new.clone()).unwrap();
-    armed.commit().unwrap();
-    let place = fates(Role::Source)
-        .unwrap()
-        .find(&new.id.to_string())
-        .unwrap()
-        .unwrap();
-    for name in place.names().unwrap() {
-        place.forget(&name).unwrap();
-    }
-    assert!(armed.lost().unwrap());
-    assert!(armed.abort("nobody knows better").is_err());
+    let order = Armed::arm(new.clone()).unwrap().commit().unwrap().order();
+    let husk = Husk::arm(new.clone()).unwrap();
+    let Fate::Committed(committed) = husk.commit(&order).unwrap() else {
+        panic!("nobody aborted it")
+    };
+    lose_fates(Role::Target, new.id);
+    committed.settle().unwrap();
+    assert!(matches!(husk.abort("too late"), Ok(Fate::Committed(_))));
+    assert!(matches!(
+        look(new.id, &new.secret).unwrap(),
+        Looked::Decided(Fate::Committed(_))
+    ));
 }
 
 #[test]
@@ -252,6 +273,7 @@ fn what_is_lost_at_the_target_is_decided_by_a_person_or_never() {
     let (new, husk, strayed) = stray();
     strayed.settle().unwrap();
     assert!(husk.strayed().unwrap().is_none());
+    assert!(husk.abort("nobody knows better").is_err());
     let looked = look(new.id, &new.secret).unwrap();
     assert!(matches!(looked, Looked::Unknown(_)), "{looked:?}");
 }

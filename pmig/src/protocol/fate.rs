@@ -42,8 +42,8 @@ pub enum Answer {
     Committed,
     /// It never ran there and never will.
     NeverRan(NeverRan),
-    /// A husk is there, and nothing is decided. Never the answer to
-    /// [`What::Abandon`].
+    /// A husk is there, and nothing is decided. The answer to [`What::Abandon`] only
+    /// where its session alone can still decide.
     Undecided,
     /// Nothing can be said, and why: a person must decide.
     Unknown(String),
@@ -74,7 +74,7 @@ pub fn ask(link: &mut dyn Link, question: &Question) -> Result<Answer> {
     match code {
         0 => Ok(Answer::Committed),
         1 => Ok(Answer::NeverRan(NeverRan::told())),
-        2 if question.what == What::Ask => Ok(Answer::Undecided),
+        2 => Ok(Answer::Undecided),
         3 => Ok(Answer::Unknown(String::from_utf8_lossy(&text).into_owned())),
         _ => Err(Error::bad(
             link.peer(),

@@ -117,10 +117,7 @@ fn of_target(id: Id) -> Result<Option<(Record, Whereabouts)>> {
         return Ok(None);
     };
     let record = husk.record();
-    let runs = || {
-        husk.this_boot().is_ok_and(|this| this)
-            && journal::start_of(record.pid).is_ok_and(|start| start == record.start)
-    };
+    let runs = || husk.this_boot().is_ok_and(|this| this) && record.lives();
     let whereabouts = match husk.fate()? {
         Some(Fate::Committed(_)) if runs() => Whereabouts::Here,
         Some(Fate::Committed(_)) => Whereabouts::Ended,

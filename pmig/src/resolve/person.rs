@@ -9,6 +9,9 @@ use crate::id::Id;
 use crate::journal::{self, Armed, Fate, Found, Husk, Record, Role, Stage};
 use crate::transport::Addr;
 
+/// Of one that somebody is at work on.
+const LOST: &str = "what was decided is lost; whoever is at work on it may know";
+
 /// A migration that waits for something.
 #[derive(Debug, Clone, Serialize)]
 pub struct Unresolved {
@@ -78,9 +81,12 @@ fn of_source(id: Id) -> Result<Option<Unresolved>> {
                 Stage::Committing(_) if matches!(armed.record().addr, Some(Addr::File(_))) => {
                     format!("held here, frozen: whether it is in {peer} is not known")
                 }
-                Stage::Committing(_) => format!(
-                    "held here, frozen: {peer} was told to let it run, and has not said whether it does"
-                ),
+                Stage::Committing(_) if !armed.record().lives() => {
+                    format!("has ended here: whether it runs on {peer} is not known")
+                }
+                Stage::Committing(_) => {
+                    format!("held here, frozen: whether it runs on {peer} is not known")
+                }
                 Stage::Decided(..) => "decided, but what follows was not done".into(),
                 Stage::Armed(_) | Stage::Aborted(..) => "aborted, but not cleared away".into(),
             };
@@ -89,9 +95,11 @@ fn of_source(id: Id) -> Result<Option<Unresolved>> {
         Found::Busy => {
             let armed = Armed::join(id)?;
             let peer = printable(&armed.record().peer);
-            let what = match armed.stage()? {
-                Stage::Armed(_) => format!("on its way to {peer}"),
-                _ => format!("being settled with {peer}"),
+            let what = match armed.stage() {
+                Err(_) if armed.lost()? => LOST.into(),
+                Err(e) => return Err(e),
+                Ok(Stage::Armed(_)) => format!("on its way to {peer}"),
+                Ok(_) => format!("being settled with {peer}"),
             };
             Some(describe(armed.record(), true, what))
         }
@@ -120,10 +128,12 @@ fn of_target(id: Id) -> Result<Option<Unresolved>> {
         Found::Busy => {
             let husk = Husk::join(id)?;
             let peer = printable(&husk.record().peer);
-            let what = match husk.fate()? {
-                None => format!("on its way here from {peer}"),
-                Some(Fate::Committed(_)) => format!("has come here from {peer}; clearing up"),
-                Some(Fate::Aborted(_)) => format!("did not come from {peer}; clearing up"),
+            let what = match husk.fate() {
+                Err(_) if husk.lost()? => LOST.into(),
+                Err(e) => return Err(e),
+                Ok(None) => format!("on its way here from {peer}"),
+                Ok(Some(Fate::Committed(_))) => format!("has come here from {peer}; clearing up"),
+                Ok(Some(Fate::Aborted(_))) => format!("did not come from {peer}; clearing up"),
             };
             Some(describe(husk.record(), true, what))
         }
@@ -268,13 +278,18 @@ fn resolve_target(husk: &Husk, how: How, files: &dyn Files) -> Result<Resolved> 
             "this machine has rebooted since, so the {name} that was here is gone; what {peer} holds is the last copy"
         ))
     } else {
+        if husk.settled()? && husk.fate()?.is_none() {
+            return said(done(format!(
+                "what was decided on {name} was lost, and nothing of it was left here; whether it ever ran here is not known"
+            )));
+        }
         let strayed = husk.strayed()?;
         let was_lost = strayed.is_some();
         let (fate, by_hand) = match (strayed, how) {
             (Some(lost), _) if husk.is_gone()? => {
                 lost.settle()?;
                 return said(done(format!(
-                    "what was decided on {name} is lost, and nothing of it is left here; whether it ever ran here is not known"
+                    "what was decided on {name} was lost, and nothing of it is left here; whether it ever ran here is not known"
                 )));
             }
             (Some(_), How::Ask) => {

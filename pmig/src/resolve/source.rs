@@ -115,9 +115,19 @@ pub fn abandon(record: &Record, patience: Duration) -> Result<()> {
                 ),
                 ))
             }
-            Ok(_) => return Ok(()),
+            Ok(Answer::NeverRan(_)) => return Ok(()),
+            Ok(Answer::Unknown(why)) => {
+                tracing::info!("migration {}: {} says: {why}", record.id, record.peer);
+                return Ok(());
+            }
+            Ok(Answer::Undecided) if start.elapsed() + PAUSE > patience => {
+                return Err(Error::bad(
+                    record.peer.clone(),
+                    format!("has not decided on migration {}", record.id),
+                ))
+            }
             Err(e) if start.elapsed() + PAUSE > patience => return Err(e),
-            Err(_) => std::thread::sleep(PAUSE),
+            Ok(Answer::Undecided) | Err(_) => std::thread::sleep(PAUSE),
         }
     }
 }
@@ -200,9 +210,9 @@ pub(super) fn give_up_memory(armed: &Armed) -> Result<Now> {
 }
 
 fn here(record: &Record) -> Now {
-    match journal::start_of(record.pid) {
-        Ok(start) if start == record.start => Now::RunsHere,
-        _ => Now::Ended,
+    match record.lives() {
+        true => Now::RunsHere,
+        false => Now::Ended,
     }
 }
 

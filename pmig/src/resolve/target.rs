@@ -1,14 +1,9 @@
-use std::time::{Duration, Instant};
-
 use super::Files;
 use crate::error::{Error, Result};
 use crate::id::Id;
 use crate::journal::{self, Aborted, Committed, Fate, Found, Looked, NeverRan};
 use crate::protocol::fate::{Answer, Question, What};
 use crate::state::clock::A_MOMENT;
-
-/// How long a session may take to say that it has not let the program run.
-const SESSION: Duration = Duration::from_secs(5);
 
 /// Answers the source's question about a migration; may have to end its husk
 /// for that.
@@ -21,12 +16,11 @@ pub fn answer(question: &Question, files: &dyn Files) -> Answer {
 
 fn try_answer(question: &Question, files: &dyn Files) -> Result<Answer> {
     let mut looked = journal::look(question.id, &question.secret)?;
-    let begun = Instant::now();
-    while matches!(looked, Looked::Lost)
-        && begun.elapsed() < SESSION
-        && matches!(journal::open_target(question.id)?, Found::Busy)
-    {
-        std::thread::sleep(Duration::from_millis(50));
+    if let Looked::Lost = looked {
+        let Found::Mine(_alone) = journal::open_target(question.id)? else {
+            // Its session may yet say that it has not let it run.
+            return Ok(Answer::Undecided);
+        };
         looked = journal::look(question.id, &question.secret)?;
     }
     let fate = match looked {

@@ -468,6 +468,9 @@ impl Building {
         let told = wire.send(&ToSource::Committed { at });
         fault::point(Phase::Release, Role::Target, || wire.link().cut());
         committed.let_live(running);
+        if let Err(e) = committed.keep() {
+            tracing::warn!("{e}");
+        }
         let mut holder = holder;
         if let Some(Err(e)) = holder.as_mut().map(Adopting::go) {
             tracing::warn!("the program's holder: {e}");
