@@ -89,8 +89,10 @@ fn base(accel: Accel) -> Command {
 
 /// Everything the emulator has, but without the feature for whose sake the
 /// kernel and programs copy and clear memory by `rep movsb` and `rep stosb`:
-/// a processor does that by lines of its cache, the emulator byte by byte.
-const TCG_CPU: &str = "max,erms=off";
+/// a processor does that by lines of its cache, the emulator byte by byte. And
+/// without a fifth level of page tables, which it would walk by itself after each
+/// switch to another process.
+const TCG_CPU: &str = "max,erms=off,la57=off";
 
 /// For guests whose code is translated. That is done once for each address, so
 /// that at random ones each start of a program would begin with cold code; a

@@ -205,7 +205,6 @@ pub struct Ready {
     pub memory: u64,
     pub descriptors: u64,
     pub pcb: u64,
-    pub hold: u64,
     /// The most memory that the target's pmig had resident, in bytes.
     pub peak: u64,
 }

@@ -129,7 +129,6 @@ impl Run<'_> {
             ("pages", there.memory),
             ("descriptors", there.descriptors),
             ("pcb", there.pcb),
-            ("hold", there.hold),
         ] {
             let part = Duration::from_nanos(ns).min(left);
             left -= part;

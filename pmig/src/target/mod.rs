@@ -325,8 +325,7 @@ impl Building {
         Ok(last)
     }
 
-    /// Makes the husk the program, short of letting it run: from here on its
-    /// cgroup holds it.
+    /// Makes the husk the program, short of letting it run.
     fn restore(&mut self, last: Final, backend: &Backend, wire: &mut Wire) -> Result<Ready> {
         allow(wire, COMMIT_PATIENCE)?;
         let mut times = Ready::default();
@@ -385,12 +384,6 @@ impl Building {
         self.laps.add("missing pages");
         part(&mut times.memory);
 
-        let hold = self.hold.take().ok_or_else(no_husk)?;
-        self.frozen = Some(hold.freeze(hold::PATIENCE)?);
-        let husk = self.husk.take().ok_or_else(no_husk)?;
-        self.process = Some(husk.let_go()?);
-        self.laps.add("held");
-        part(&mut times.hold);
         Ok(times)
     }
 
@@ -405,7 +398,7 @@ impl Building {
         Ok(shape)
     }
 
-    /// Says that all is ready, and waits for the order.
+    /// Says that all is ready, has its cgroup hold it, and waits for the order.
     fn ready(&mut self, times: Ready, wire: &mut Wire) -> Result<journal::Order> {
         if self.descriptors.table().awaits_input() {
             match wire.recv()? {
@@ -414,11 +407,12 @@ impl Building {
             }
         }
         self.fetch_touched(wire)?;
-        self.files.check()?;
-        self.holder_lives()?;
         let peak = peak();
         wire.send(&ToSource::Ready(Ready { peak, ..times }))?;
-        // While the source hears it.
+        // The rest is done while the source hears it. Should it fail, the order is
+        // refused.
+        self.let_cgroup_hold()?;
+        self.files.check()?;
         self.descriptors.close();
         fault::point(Phase::Ready, Role::Target, || wire.link().cut());
         match wire.recv()? {
@@ -429,6 +423,16 @@ impl Building {
             }
             other => Err(out_of_turn(wire, &other)),
         }
+    }
+
+    /// From here on its life hangs on no process of ours.
+    fn let_cgroup_hold(&mut self) -> Result<()> {
+        let hold = self.hold.take().ok_or_else(no_husk)?;
+        self.frozen = Some(hold.freeze(hold::PATIENCE)?);
+        let husk = self.husk.take().ok_or_else(no_husk)?;
+        self.process = Some(husk.let_go()?);
+        self.laps.add("held");
+        Ok(())
     }
 
     /// COMMITTED is recorded: it runs here from now on.

@@ -1,6 +1,7 @@
 //! Receiving files at the target: under a temporary name beside the final one,
 //! put in place when the program is let go on.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
@@ -37,6 +38,8 @@ pub struct Receiver {
     /// Bytes all files together may still take.
     left: u64,
     files: Vec<Incoming>,
+    /// Where they are, as found when each was complete.
+    dirs: BTreeMap<FilePath, OwnedFd>,
     keep: bool,
 }
 
@@ -55,6 +58,7 @@ impl Receiver {
             id,
             left: limit,
             files: Vec::new(),
+            dirs: BTreeMap::new(),
             keep: false,
         }
     }
@@ -106,7 +110,7 @@ impl Receiver {
         self.files
             .get_mut(n)
             .filter(|f| !f.complete)
-            .ok_or_else(|| Error::bad(format!("shipped file {n}"), "is not being received"))
+            .ok_or_else(|| not_received(n))
     }
 
     /// Writes a block as [`Shipment::pass`](super::Shipment::pass) gave it out.
@@ -166,17 +170,25 @@ impl Receiver {
     /// As [`Receiver::write`].
     pub fn finish(&mut self, n: usize, size: u64, mtime: (i64, u32)) -> Result<()> {
         self.end_pass(n, size)?;
-        let file = self.incoming(n)?;
+        let dir = self.incoming(n)?.pending.path.parent();
+        if !self.dirs.contains_key(&dir) {
+            self.dirs.insert(dir.clone(), open_directory(&dir)?);
+        }
+        let file = self
+            .files
+            .get_mut(n)
+            .filter(|f| !f.complete)
+            .ok_or_else(|| not_received(n))?;
+        let dir = &self.dirs[&dir];
         let path = &file.pending.path;
         if mtime.1 >= 1_000_000_000 {
             return Err(Error::bad(path, "its time of change is impossible"));
         }
         let mtime = TimeSpec::new(mtime.0, i64::from(mtime.1));
         futimens(&file.file, &TimeSpec::UTIME_OMIT, &mtime).context("set the times of", path)?;
-        let dir = directory_of(&file.pending.temporary)?;
         let name = file.pending.temporary.name();
         let flags = OFlag::O_RDONLY | OFlag::O_NONBLOCK | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-        let fd = openat(&dir, name.as_os_str(), flags, Mode::empty()).context("open", path)?;
+        let fd = openat(dir, name.as_os_str(), flags, Mode::empty()).context("open", path)?;
         let stat = fstat(&fd).context("stat", path)?;
         if (stat.st_dev, stat.st_ino) != (file.pending.dev, file.pending.ino) {
             return Err(Error::bad(path, "was replaced while it was received"));
@@ -220,9 +232,15 @@ impl Receiver {
             if !f.complete {
                 return Err(Error::bad(&f.pending.path, "was not received whole"));
             }
-            f.pending.check()?;
+            f.pending.check(self.dir(f)?)?;
         }
         Ok(())
+    }
+
+    fn dir(&self, file: &Incoming) -> Result<&OwnedFd> {
+        let dir = file.pending.path.parent();
+        let known = self.dirs.get(&dir);
+        known.ok_or_else(|| Error::bad(&file.pending.path, "was not received whole"))
     }
 
     /// Puts every file in its place.
@@ -231,7 +249,8 @@ impl Receiver {
     /// Where one cannot be; [`Pending::commit`] may be tried again.
     pub fn place(&mut self) -> Result<()> {
         self.keep = true;
-        self.files.iter().try_for_each(|f| f.pending.place())
+        let mut files = self.files.iter();
+        files.try_for_each(|f| f.pending.place(self.dir(f)?))
     }
 
     /// Removes what they replaced, when nobody waits for it any more: to free
@@ -282,8 +301,15 @@ fn make(dir: &OwnedFd, temporary: &FilePath) -> Result<OwnedFd> {
 }
 
 fn directory_of(path: &FilePath) -> Result<OwnedFd> {
-    let dir = path.parent();
-    open_plain(&dir, OFlag::O_PATH | OFlag::O_DIRECTORY, Mode::empty()).context("open", &dir)
+    open_directory(&path.parent())
+}
+
+fn open_directory(dir: &FilePath) -> Result<OwnedFd> {
+    open_plain(dir, OFlag::O_PATH | OFlag::O_DIRECTORY, Mode::empty()).context("open", dir)
+}
+
+fn not_received(n: usize) -> Error {
+    Error::bad(format!("shipped file {n}"), "is not being received")
 }
 
 /// What stands under a name, not followed if it is a link.
@@ -324,10 +350,9 @@ impl Pending {
     ///
     /// # Errors
     /// [`Error::Bad`] where something else stands there.
-    pub fn check(&self) -> Result<()> {
-        let dir = directory_of(&self.path)?;
-        let there = stamp_at(&dir, &self.path)?;
-        let own = stamp_at(&dir, &self.temporary)?;
+    fn check(&self, dir: &OwnedFd) -> Result<()> {
+        let there = stamp_at(dir, &self.path)?;
+        let own = stamp_at(dir, &self.temporary)?;
         if !self.is_ours(&own) {
             return Err(Error::bad(&self.temporary, "was removed or replaced"));
         }
@@ -350,7 +375,7 @@ impl Pending {
     /// file keeps its temporary name.
     pub fn commit(&self) -> Result<()> {
         if !self.clear()? && self.has_temporary()? {
-            self.place()?;
+            self.place(&directory_of(&self.path)?)?;
             self.clear()?;
         }
         Ok(())
@@ -383,10 +408,9 @@ impl Pending {
     /// # Errors
     /// [`Error::Bad`] where something else stands there: nothing is lost, the
     /// file keeps its temporary name.
-    fn place(&self) -> Result<()> {
-        let dir = directory_of(&self.path)?;
-        let there = stamp_at(&dir, &self.path)?;
-        let temporary = stamp_at(&dir, &self.temporary)?;
+    fn place(&self, dir: &OwnedFd) -> Result<()> {
+        let there = stamp_at(dir, &self.path)?;
+        let temporary = stamp_at(dir, &self.temporary)?;
         if self.is_ours(&there) {
             return Ok(()); // done before
         }
@@ -403,18 +427,18 @@ impl Pending {
             )
         };
         match there {
-            None => match self.rename(&dir, RenameFlags::RENAME_NOREPLACE) {
+            None => match self.rename(dir, RenameFlags::RENAME_NOREPLACE) {
                 Err(Errno::EEXIST) => Err(taken()),
                 other => other.context("put in place", &self.path),
             },
             Some(old) if Some(old) == self.replace => {
-                self.rename(&dir, RenameFlags::RENAME_EXCHANGE)
+                self.rename(dir, RenameFlags::RENAME_EXCHANGE)
                     .context("put in place", &self.path)?;
-                match stamp_at(&dir, &self.temporary)? {
+                match stamp_at(dir, &self.temporary)? {
                     Some(out) if self.replaces(&out) => Ok(()),
                     // Not what was approved came out: it goes back in.
                     _ => {
-                        self.rename(&dir, RenameFlags::RENAME_EXCHANGE)
+                        self.rename(dir, RenameFlags::RENAME_EXCHANGE)
                             .context("put back", &self.path)?;
                         Err(taken())
                     }
