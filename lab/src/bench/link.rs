@@ -17,8 +17,11 @@ const LOG: &str = "/tmp/link.log";
 pub struct Link {
     /// Bytes per second that iperf3 gets through it, or why that is not known.
     pub rate: std::result::Result<f64, String>,
-    /// A small message there and back over TCP, in the median.
+    /// A small message there and back over TCP, in the median of many one after the
+    /// other.
     pub round_trip: Duration,
+    /// The same after a pause of some milliseconds, as the messages of a freeze come.
+    pub round_trip_paused: Duration,
     /// Of each of the hosts.
     pub processors: u32,
 }
@@ -37,13 +40,15 @@ impl Link {
             "/tmp/roundtrip.log",
         )?;
         let said = lab.a().sh("roundtrip to=b:7700")?;
-        let word = said
-            .lines()
-            .find_map(|line| line.strip_prefix("median_ns "));
-        let nanos = word.context("the round trip was not measured")?.parse()?;
+        let median = |name: &str| -> Result<Duration> {
+            let word = said.lines().find_map(|line| line.strip_prefix(name));
+            let nanos = word.context("the round trip was not measured")?.trim();
+            Ok(Duration::from_nanos(nanos.parse()?))
+        };
         Ok(Self {
             rate,
-            round_trip: Duration::from_nanos(nanos),
+            round_trip: median("median_ns ")?,
+            round_trip_paused: median("paused_ns ")?,
             processors: lab.a().sh("nproc")?.trim().parse()?,
         })
     }

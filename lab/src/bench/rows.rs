@@ -49,6 +49,9 @@ pub struct LinkRow {
     pub processors: Option<u32>,
     pub iperf3: Option<f64>,
     pub round_trip_ms: f64,
+    /// After a pause; none where an older run did not note it.
+    #[serde(default)]
+    pub paused_ms: Option<f64>,
 }
 
 /// How long a ticking program stood still.
@@ -70,7 +73,8 @@ pub struct FreezeRow {
     pub pages: f64,
     pub bytes: f64,
     pub rounds: f64,
-    /// These bytes at iperf3's rate, and two round trips; none without iperf3.
+    /// These bytes at iperf3's rate, and two round trips after a pause; none without
+    /// iperf3.
     pub floor_ms: Option<f64>,
     /// The largest gap in the program's time stamps around the move, the gap
     /// between its last line at the source and its first at the target, and the
@@ -229,6 +233,7 @@ impl LinkRow {
             processors: Some(link.processors),
             iperf3: link.rate.as_ref().ok().copied(),
             round_trip_ms: ms(link.round_trip),
+            paused_ms: Some(ms(link.round_trip_paused)),
         }
     }
 }
@@ -254,7 +259,7 @@ impl FreezeRow {
             }
         }
         let floor = |moved: &Moved, rate: f64| {
-            moved.told.freeze().bytes as f64 / rate * 1e3 + 2.0 * ms(link.round_trip)
+            moved.told.freeze().bytes as f64 / rate * 1e3 + 2.0 * ms(link.round_trip_paused)
         };
         let freezes = moves.iter().map(|moved| ms(moved.told.freeze().total));
         Self {

@@ -94,9 +94,11 @@ fn text(all: &[(String, Results)]) -> String {
                 Some(1) => ", one processor each".into(),
                 Some(n) => format!(", {n} processors each"),
             };
+            let paused =
+                (link.paused_ms).map_or(String::new(), |ms| format!(", after a pause {ms:.2} ms"));
             let _ = writeln!(
                 text,
-                "Link of {}{processors}: {rate} by iperf3, round trip {:.2} ms.\n",
+                "Link of {}{processors}: {rate} by iperf3, round trip {:.2} ms{paused}.\n",
                 link.hosts, link.round_trip_ms
             );
         }
@@ -213,7 +215,7 @@ fn freezes(rows: &[FreezeRow]) -> String {
     }
     format!(
         "Medians in milliseconds. Freeze: stop to resume, by pmig. Floor: the bytes of the freeze \
-         at iperf3's rate, and two round trips. Gap: the largest in the program's own time stamps \
+         at iperf3's rate, and two round trips after a pause. Gap: the largest in the program's own time stamps \
          around its move; unmoved: in as long a time before.\n\n{}\nThe freeze in its parts:\n\n{}\n",
         table(&figures),
         table(&parts)

@@ -1,5 +1,6 @@
 //! How long a small message takes over TCP, there and back: `listen=PORT`
-//! answers, `to=HOST:PORT` asks and prints the median.
+//! answers, `to=HOST:PORT` asks and prints the medians: of one after the other, and of
+//! those that come after a pause.
 
 use lab::victim::Args;
 use std::io::{self, Read, Write};
@@ -10,6 +11,9 @@ use std::time::{Duration, Instant};
 
 const MESSAGE: usize = 64;
 const TIMES: usize = 500;
+const AFTER_PAUSES: usize = 100;
+/// As between the messages of a freeze: long enough for both sides to fall asleep.
+const PAUSE: Duration = Duration::from_millis(5);
 
 fn main() -> ExitCode {
     match run() {
@@ -29,8 +33,9 @@ fn run() -> Result<(), String> {
             listen(port).map_err(|e| format!("listen on {port}: {e}"))
         }
         (None, Some(to)) => {
-            let median = ask(to).map_err(|e| format!("{to}: {e}"))?;
-            println!("median_ns {}", median.as_nanos());
+            let [hot, paused] = ask(to).map_err(|e| format!("{to}: {e}"))?;
+            println!("median_ns {}", hot.as_nanos());
+            println!("paused_ns {}", paused.as_nanos());
             Ok(())
         }
         _ => Err("expected listen=PORT or to=HOST:PORT".into()),
@@ -49,19 +54,25 @@ fn listen(port: u16) -> io::Result<()> {
     Ok(())
 }
 
-fn ask(to: &str) -> io::Result<Duration> {
+fn ask(to: &str) -> io::Result<[Duration; 2]> {
     let mut stream = connect(to)?;
     stream.set_nodelay(true)?;
-    let mut message = [0; MESSAGE];
-    let mut times = Vec::with_capacity(TIMES);
-    for _ in 0..TIMES {
-        let start = Instant::now();
-        stream.write_all(&message)?;
-        stream.read_exact(&mut message)?;
-        times.push(start.elapsed());
-    }
-    times.sort();
-    Ok(times[TIMES / 2])
+    let mut median = |times: usize, pause: Duration| -> io::Result<Duration> {
+        let mut message = [0; MESSAGE];
+        let mut all = Vec::with_capacity(times);
+        for _ in 0..times {
+            if !pause.is_zero() {
+                thread::sleep(pause);
+            }
+            let start = Instant::now();
+            stream.write_all(&message)?;
+            stream.read_exact(&mut message)?;
+            all.push(start.elapsed());
+        }
+        all.sort();
+        Ok(all[times / 2])
+    };
+    Ok([median(TIMES, Duration::ZERO)?, median(AFTER_PAUSES, PAUSE)?])
 }
 
 /// The other side may not have got to listening.
