@@ -34,6 +34,7 @@ impl Run<'_> {
             watch,
             clock,
             files: &self.entries,
+            questions: &self.questions,
         };
         match self.backend.capture(stopped, &context, &mut |_| Ok(())) {
             Ok(pcb) => self.ahead.known = Some(pcb),
@@ -91,6 +92,7 @@ impl Run<'_> {
             watch,
             clock,
             files: &self.entries,
+            questions: &self.questions,
         };
         let (wire, told) = (&mut self.wire, &mut self.ahead.likely);
         let mut early = |moving: Moving| match likely && !moving.has_signals() {

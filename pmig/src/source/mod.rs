@@ -45,11 +45,11 @@ use crate::state::clock::{self, Clock, Difference, Reading};
 use crate::state::fd::{Beat, FdTable, Watch as FdWatch};
 use crate::state::memory::{self, Kernel, Tracker, Tracking, TrackingChoice, PAGE};
 use crate::state::paths::FilePath;
-use crate::state::pcb::{self, Backend, MachineFacts, PcbChoice};
+use crate::state::pcb::{self, Backend, MachineFacts, PcbChoice, Questions};
 use crate::state::restart::{ProgramClock, Watch as RestartWatch};
 use crate::state::signals::Signals;
 use crate::sys::memory::keep_in;
-use crate::tracee::{Ground, Stopped};
+use crate::tracee::{open_mem, Ground, Stopped};
 use crate::transport::Addr;
 use ahead::Ahead;
 use files::SourceFiles;
@@ -152,6 +152,7 @@ struct Run<'a> {
     preview: Preview,
     /// The process's files in `/proc`.
     entries: Kept,
+    questions: Questions,
     files: SourceFiles,
     descriptors: FdWatch,
     difference: Difference,
@@ -298,6 +299,7 @@ impl<'a> Run<'a> {
             accepted,
             preview,
             entries: Kept::of(pid),
+            questions: Questions::new(),
             files,
             descriptors,
             difference: Difference::default(),
@@ -432,12 +434,13 @@ impl<'a> Run<'a> {
         self.send_meanwhile(b)?;
         self.wire.set_deadline(patience(FROZEN_PATIENCE))?;
         b.keeper.stopped()?;
+        let mem = open_mem(self.pid)?;
         b.restart.before(self.pid);
         self.lap = Instant::now();
         self.laps = Laps::new();
         let before = self.wire.sent;
         self.stopped_at = Some(Reading::now());
-        let mut stopped = Stopped::seize(self.pid)?;
+        let mut stopped = Stopped::seize_with(self.pid, mem)?;
         if let Some(ground) = b.ground.take() {
             stopped = stopped.on(ground);
         }

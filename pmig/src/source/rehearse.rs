@@ -49,6 +49,7 @@ impl Run<'_> {
             watch: &watch,
             clock,
             files: &Kept::of(pid),
+            questions: &self.questions,
         };
         let pcb = self
             .backend

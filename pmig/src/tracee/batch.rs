@@ -48,6 +48,7 @@ arg_from! {
     Slot => Arg::At,
 }
 
+#[derive(Clone)]
 struct Entry {
     what: &'static str,
     number: i64,
@@ -57,7 +58,7 @@ struct Entry {
 
 /// System calls to be made inside a stopped process, in order, in one round
 /// trip. The first call that fails ends the batch, unless it may fail.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub struct Batch {
     entries: Vec<Entry>,
     data: Vec<u8>,

@@ -3,8 +3,10 @@
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
+use std::rc::Rc;
 
 use super::home::{find_gadget, find_return, Gadget, Return};
+use super::outside::raise_stack_limit;
 use crate::error::{Context, Error, Result};
 use crate::proc;
 
@@ -21,6 +23,8 @@ pub struct Ground {
     pub(super) back: Return,
     /// The bytes at `syscall` and at the return, to notice an exec.
     proof: [(u64, [u8; 2]); 2],
+    /// `/proc/PID/pagemap` of that address space.
+    pub(super) pagemap: Rc<File>,
 }
 
 /// One line of /proc/PID/maps, as far as it matters here.
@@ -97,11 +101,15 @@ impl Ground {
             let _ = mem.read_exact_at(&mut bytes, at);
             (at, bytes)
         });
+        let path = format!("/proc/{pid}/pagemap");
+        let pagemap = File::open(&path).context("open", &path)?;
+        raise_stack_limit();
         Ok(Ground {
             gadget,
             syscall,
             back,
             proof,
+            pagemap: Rc::new(pagemap),
         })
     }
 

@@ -9,11 +9,13 @@ mod batch;
 mod ground;
 mod home;
 mod outside;
+mod rseq;
 mod scratch;
 mod stopped;
 
 pub use batch::{Arg, Batch, Call, Done, Slot};
 pub use ground::Ground;
+pub use outside::open_mem;
 pub use stopped::{Primed, Stopped, DATA};
 
 #[cfg(test)]

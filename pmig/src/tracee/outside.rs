@@ -5,14 +5,18 @@ use std::fs::{File, OpenOptions};
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
-use crate::error::{Context, Error, Result};
+use crate::error::{Error, Result};
 use crate::proc;
 use crate::proc::smaps::Lines;
 use crate::sys::ptrace::Regs;
 
 const PAGE: u64 = 4096;
 
-pub(super) fn open_mem(pid: i32) -> Result<File> {
+/// Opens `/proc/PID/mem` for both.
+///
+/// # Errors
+/// [`Error::Gone`]; there is no right to.
+pub fn open_mem(pid: i32) -> Result<File> {
     let path = format!("/proc/{pid}/mem");
     OpenOptions::new()
         .read(true)
@@ -90,15 +94,20 @@ pub(super) fn quiet_among(busy: u64) -> Option<i32> {
 
 /// `len` bytes of stack that the program never used: pages at the low end that
 /// were never touched, or new ones below. `stack`: where it lies, if that is known.
-pub(super) fn unused_stack(pid: i32, sp: u64, len: u64, stack: Option<Range<u64>>) -> Result<u64> {
+///
+/// `pagemap` is the process's.
+pub(super) fn unused_stack(
+    (pid, pagemap): (i32, &File),
+    sp: u64,
+    len: u64,
+    stack: Option<Range<u64>>,
+) -> Result<u64> {
     let found = match stack {
         None => Lines::of(pid)?.find(b"[stack]"),
         known => known,
     };
     let stack =
         found.ok_or_else(|| Error::bad(format!("process {pid}"), "it has no stack of its own"))?;
-    let path = format!("/proc/{pid}/pagemap");
-    let pagemap = File::open(&path).context("open", &path)?;
     let mut entries = vec![0; (len / PAGE * 8) as usize];
     let untouched = pagemap
         .read_exact_at(&mut entries, stack.start / PAGE * 8)
@@ -108,17 +117,20 @@ pub(super) fn unused_stack(pid: i32, sp: u64, len: u64, stack: Option<Range<u64>
     if untouched && low < stack.end && !(stack.start..low + PAGE).contains(&sp) {
         return Ok(stack.start);
     }
-    // Writing below a stack makes it grow, within the limit of who writes.
-    use nix::sys::resource::{getrlimit, setrlimit, Resource};
-    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_STACK) {
-        if soft != hard {
-            let _ = setrlimit(Resource::RLIMIT_STACK, hard, hard);
-        }
-    }
     let floor = if (stack.start.saturating_sub(1 << 20)..stack.start).contains(&sp) {
         sp - 128
     } else {
         stack.start
     };
     Ok((floor & !(PAGE - 1)).saturating_sub(len))
+}
+
+/// Writing below a stack makes it grow, within the limit of who writes.
+pub(super) fn raise_stack_limit() {
+    use nix::sys::resource::{getrlimit, setrlimit, Resource};
+    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_STACK) {
+        if soft != hard {
+            let _ = setrlimit(Resource::RLIMIT_STACK, hard, hard);
+        }
+    }
 }

@@ -1,5 +1,6 @@
 //! A stopped process.
 
+use std::cell::RefCell;
 use std::fs::File;
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -81,6 +82,8 @@ pub struct Stopped {
     busy: Option<u64>,
     /// A system call instruction, where one was looked for ahead of time.
     way_out: Option<u64>,
+    /// Its vector state, where that was read and nothing of ours has run since.
+    seen: RefCell<Option<Vec<u8>>>,
     live: bool,
     /// The signal whose delivery ends a batch; `None`: step by system calls.
     end: Option<i32>,
@@ -99,7 +102,14 @@ impl Stopped {
     /// [`Error::Gone`] when it died, [`Error::Bad`] when it is stopped by job
     /// control.
     pub fn seize(pid: i32) -> Result<Stopped> {
-        let mem = open_mem(pid)?;
+        Stopped::seize_with(pid, open_mem(pid)?)
+    }
+
+    /// The same, where [`open_mem`] was called before anybody waits.
+    ///
+    /// # Errors
+    /// Those of [`Stopped::seize`].
+    pub fn seize_with(pid: i32, mem: File) -> Result<Stopped> {
         ptrace::seize(pid, ptrace::TRACESYSGOOD).map_err(|e| match e.raw_os_error() {
             Some(libc::ESRCH) => Error::Gone(pid),
             _ => Error::Os {
@@ -122,6 +132,7 @@ impl Stopped {
             stack: None,
             busy: None,
             way_out: None,
+            seen: RefCell::default(),
             live: true,
             end: None,
             held: Vec::new(),
@@ -158,6 +169,7 @@ impl Stopped {
             stack: None,
             busy: None,
             way_out: None,
+            seen: RefCell::default(),
             live: false,
             end: Some(libc::SIGURG),
             held: Vec::new(),
@@ -205,10 +217,15 @@ impl Stopped {
 
     /// FPU and vector state, as the NT_X86_XSTATE register set.
     pub fn xstate(&self) -> Result<Vec<u8>> {
-        ptrace::xstate(self.pid).context("read the vector state of", self.pid)
+        let xstate = ptrace::xstate(self.pid).context("read the vector state of", self.pid)?;
+        if !self.masked {
+            self.seen.replace(Some(xstate.clone()));
+        }
+        Ok(xstate)
     }
 
     pub fn set_xstate(&mut self, state: &[u8]) -> Result<()> {
+        self.seen.take();
         ptrace::set_xstate(self.pid, state).context("set the vector state of", self.pid)
     }
 
@@ -427,9 +444,14 @@ impl Stopped {
             Some(g) if g.holds(&self.mem) => g,
             _ => Ground::survey(self.pid)?,
         };
-        let xstate = self.xstate()?;
+        let xstate = match self.seen.take() {
+            Some(xstate) => xstate,
+            None => self.xstate()?,
+        };
+        self.seen.take();
         let len = (frame_len(xstate.len()) as u64).next_multiple_of(PAGE);
-        let base = unused_stack(self.pid, self.regs.rsp, len, self.stack.take())?;
+        let of = (self.pid, &*ground.pagemap);
+        let base = unused_stack(of, self.regs.rsp, len, self.stack.take())?;
         let frame = frame(
             base,
             &ground.gadget,
@@ -639,30 +661,6 @@ impl Stopped {
                     ptrace::cont(self.pid, deliver).context("continue process", self.pid)?;
                 }
                 Some(_) => ptrace::cont(self.pid, 0).context("continue process", self.pid)?,
-            }
-        }
-    }
-
-    /// A program stopped inside a restartable sequence goes on at the
-    /// sequence's abort address, as after any preemption (rseq(2)).
-    fn leave_rseq_section(&self, regs: &mut Regs) {
-        let Ok(config) = self.rseq() else { return };
-        if config.address == 0 || regs.orig_rax as i64 >= 0 {
-            return;
-        }
-        let word = |at: u64| {
-            let mut b = [0; 8];
-            self.read(RemoteAddr(at), &mut b).ok()?;
-            Some(u64::from_le_bytes(b))
-        };
-        let Some(section @ 1..) = word(config.address.wrapping_add(8)) else {
-            return;
-        };
-        let field = |n: u64| word(section.wrapping_add(8 * n));
-        if let (Some(start), Some(len), Some(abort)) = (field(1), field(2), field(3)) {
-            if regs.rip.wrapping_sub(start) < len {
-                regs.rip = abort;
-                let _ = self.write(RemoteAddr(config.address + 8), &[0; 8]);
             }
         }
     }

@@ -14,10 +14,10 @@ use serde::{Deserialize, Serialize};
 pub use machine::{fits, MachineFacts};
 pub use preflight::{limits_of, look_again, needs, preflight, recheck, Needs};
 
-use super::attributes::Attributes;
+use super::attributes::{self, Attributes};
 use super::bounds::Bounds;
 use super::credentials::{Credentials, Ids};
-use super::limits::Limits;
+use super::limits::{self, Limits};
 use super::registers::{Registers, UserAreas};
 use super::restart::{ProgramClock, Restart, Watch};
 use super::scheduling::Scheduling;
@@ -28,7 +28,7 @@ use crate::proc::Kept;
 use crate::sys::kmod::{Kmod, DEVICE};
 use crate::sys::limits::securebits;
 use crate::sys::ptrace::Regs;
-use crate::tracee::{Batch, Done, Stopped};
+use crate::tracee::{Batch, Call, Done, Stopped};
 
 /// Everything of the process control block that travels.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -64,6 +64,39 @@ pub struct CaptureContext<'a> {
     pub clock: ProgramClock,
     /// Its files in `/proc`, open perhaps from a capture before.
     pub files: &'a Kept,
+    pub questions: &'a Questions,
+}
+
+/// What a process is asked that only itself can tell: put together before it stops.
+pub struct Questions {
+    batch: Batch,
+    refusals: inside::Asked,
+    signals: signals::Asked,
+    securebits: Call,
+    limits: limits::Asked,
+    attributes: attributes::Asked,
+    brk: Call,
+}
+
+impl Questions {
+    pub fn new() -> Questions {
+        let mut batch = Batch::new();
+        Questions {
+            refusals: inside::ask(&mut batch),
+            signals: Signals::ask(&mut batch),
+            securebits: Credentials::ask(&mut batch),
+            limits: Limits::ask(&mut batch),
+            attributes: Attributes::ask(&mut batch),
+            brk: Bounds::ask(&mut batch),
+            batch,
+        }
+    }
+}
+
+impl Default for Questions {
+    fn default() -> Questions {
+        Questions::new()
+    }
 }
 
 /// What of it changes at every step of the program. The rest mostly stays as it is.
@@ -471,13 +504,6 @@ fn capture_by_ptrace(
     stopped.signals_known(&status);
     let mut obstacles = recheck(stopped, &status);
 
-    let mut batch = Batch::new();
-    let refusals = inside::ask(&mut batch);
-    let signals = Signals::ask(&mut batch);
-    let securebits = Credentials::ask(&mut batch);
-    let limits = Limits::ask(&mut batch);
-    let attributes = Attributes::ask(&mut batch);
-    let brk = Bounds::ask(&mut batch);
     // Queues and registers are read before anything of ours has run.
     let restart = Restart::capture(stopped, context.watch);
     let registers = Registers::capture(stopped)?;
@@ -492,10 +518,11 @@ fn capture_by_ptrace(
             shared: queues.shared.clone(),
         })?;
     }
-    let done = stopped.run(batch)?;
+    let asked = context.questions;
+    let done = stopped.run(asked.batch.clone())?;
 
-    obstacles.extend(refusals.obstacles(&done));
-    obstacles.extend(Attributes::obstacles(&attributes, &done));
+    obstacles.extend(asked.refusals.obstacles(&done));
+    obstacles.extend(Attributes::obstacles(&asked.attributes, &done));
     let scheduling = Scheduling::capture(pid)?;
     obstacles.extend(scheduling.obstacles());
     let restart = match restart {
@@ -510,14 +537,14 @@ fn capture_by_ptrace(
     }
     Ok(Pcb {
         registers,
-        areas: UserAreas::capture(stopped, attributes.tid_address(&done))?,
+        areas: UserAreas::capture(stopped, asked.attributes.tid_address(&done))?,
         restart,
-        signals: Signals::capture(queues, stopped.sigmask(), &signals, &done),
-        credentials: Credentials::capture(&status, securebits, &done),
-        limits: Limits::capture(&limits, &done),
+        signals: Signals::capture(queues, stopped.sigmask(), &asked.signals, &done),
+        credentials: Credentials::capture(&status, asked.securebits, &done),
+        limits: Limits::capture(&asked.limits, &done),
         scheduling,
-        attributes: Attributes::capture(context.files, &status, &attributes, &done)?,
-        bounds: Bounds::capture(context.files, brk, &done)?,
+        attributes: Attributes::capture(context.files, &status, &asked.attributes, &done)?,
+        bounds: Bounds::capture(context.files, asked.brk, &done)?,
     })
 }
 

@@ -94,6 +94,7 @@ fn capture_by(backend: &Backend, stopped: &mut Stopped, watch: &Watch) -> Result
         watch,
         clock: ProgramClock::default(),
         files: &Kept::of(stopped.pid()),
+        questions: &Questions::new(),
     };
     backend.capture(stopped, &context, &mut |_| Ok(()))
 }
