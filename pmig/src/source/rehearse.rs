@@ -51,9 +51,8 @@ impl Run<'_> {
             files: &Kept::of(pid),
             questions: &self.questions,
         };
-        let pcb = self
-            .backend
-            .capture(stand_in.stopped(), &context, &mut |_| Ok(()))?;
+        let begun = self.backend.begin(stand_in.stopped(), &context)?;
+        let pcb = self.backend.capture(stand_in.stopped(), &context, begun)?;
         self.signals = Some((pcb.signals.clone(), Pending::of(pid)?));
         self.late_signals()?;
         self.signals = None;

@@ -96,7 +96,8 @@ fn capture_by(backend: &Backend, stopped: &mut Stopped, watch: &Watch) -> Result
         files: &Kept::of(stopped.pid()),
         questions: &Questions::new(),
     };
-    backend.capture(stopped, &context, &mut |_| Ok(()))
+    let begun = backend.begin(stopped, &context)?;
+    backend.capture(stopped, &context, begun)
 }
 
 /// ptrace, and the module where there is one.
