@@ -27,25 +27,16 @@ pub(super) struct Ahead {
 }
 
 impl Run<'_> {
-    pub(super) fn context<'b>(
-        &'b self,
-        watch: &'b Watch,
-        clock: ProgramClock,
-    ) -> CaptureContext<'b> {
-        CaptureContext {
+    /// Captures it at its first stop. What stands in the way now may not at the
+    /// freeze: then nothing is known ahead.
+    pub(super) fn know_ahead(&mut self, stopped: &mut Stopped, watch: &Watch, clock: ProgramClock) {
+        let context = CaptureContext {
             watch,
             clock,
             files: &self.entries,
             questions: &self.questions,
-        }
-    }
-
-    /// Captures it at its first stop. What stands in the way now may not at the
-    /// freeze: then nothing is known ahead.
-    pub(super) fn know_ahead(&mut self, stopped: &mut Stopped, watch: &Watch, clock: ProgramClock) {
-        let context = self.context(watch, clock);
-        let begun = self.backend.begin(stopped, &context);
-        match begun.and_then(|begun| self.backend.capture(stopped, &context, begun)) {
+        };
+        match self.backend.capture(stopped, &context, &mut |_| Ok(())) {
             Ok(pcb) => self.ahead.known = Some(pcb),
             Err(e) => tracing::debug!("nothing is known ahead: {e}"),
         }
@@ -80,31 +71,42 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// At the freeze: tells what the target will likely have to do, before all of it is
-    /// asked. `stands`: nothing but pages can have changed. With the module there is
-    /// little to do, and to hear of it costs more. Returns whether it is told.
+    /// Captures it at the freeze. `stands`: nothing but pages can have changed, so what
+    /// the target will have to do is likely known before all of it was asked. With the
+    /// module there is little to do, and to hear of it costs more.
     ///
     /// # Errors
-    /// Those of the connection.
-    pub(super) fn send_likely(
+    /// Those of [`crate::state::pcb::Backend::capture`], and of the connection.
+    pub(super) fn capture(
         &mut self,
-        moving: Option<Moving>,
-        (stands, clock): (bool, Clock),
-    ) -> Result<bool> {
+        stopped: &mut Stopped,
+        watch: &Watch,
+        clock: ProgramClock,
+        (stands, there): (bool, Clock),
+    ) -> Result<Pcb> {
         let is_slow = self.accepted.pcb == Backend::Ptrace.name();
         let told = self.ahead.told.as_ref();
         let is_free = told.is_some_and(|told| told.pcb.is_of_root());
-        let moving = moving.filter(|moving| !moving.has_signals());
-        let (true, Some(moving)) = (is_slow && stands && !self.postponed && is_free, moving) else {
-            return Ok(false);
-        };
-        let likely = ToTarget::Likely {
-            moving: Box::new(moving),
+        let likely = is_slow && stands && !self.postponed && is_free;
+        let context = CaptureContext {
+            watch,
             clock,
+            files: &self.entries,
+            questions: &self.questions,
         };
-        self.wire.send(&likely).map_err(|e| self.better(e))?;
-        self.ahead.likely = true;
-        Ok(true)
+        let (wire, told) = (&mut self.wire, &mut self.ahead.likely);
+        let mut early = |moving: Moving| match likely && !moving.has_signals() {
+            true => {
+                *told = true;
+                wire.send(&ToTarget::Likely {
+                    moving: Box::new(moving),
+                    clock: there,
+                })
+            }
+            false => Ok(()),
+        };
+        let captured = self.backend.capture(stopped, &context, &mut early);
+        captured.map_err(|e| self.better(e))
     }
 
     /// Says what it is at the freeze.

@@ -451,26 +451,18 @@ impl<'a> Run<'a> {
 
         // Where nothing but pages can have changed they are looked for while the
         // target restores the rest.
-        let mut found = match b.tracker.stands()? {
+        let early = match b.tracker.stands()? {
             true => None,
             false => Some(self.last_look(b, &stopped)?),
         };
         stopped.stack_lies_at(b.tracker.stack());
         self.part("scan");
-        let context = self.context(&b.restart, clock);
-        let begun = self.backend.begin(&mut stopped, &context)?;
-        let moving = begun.moving(&stopped);
-        let told = self.send_likely(moving, (found.is_none(), clock_there))?;
-        self.part("pcb");
-        if told {
-            // It has little to do when it hears the rest, and that takes long to ask.
-            let pages = self.last_look(b, &stopped)?;
-            self.part("scan");
-            self.send_last_pages(b, &pages)?;
-            found = Some(pages);
-        }
-        let context = self.context(&b.restart, clock);
-        let pcb = self.backend.capture(&mut stopped, &context, begun)?;
+        let pcb = self.capture(
+            &mut stopped,
+            &b.restart,
+            clock,
+            (early.is_none(), clock_there),
+        )?;
         self.part("pcb");
         let mut descriptors = self.descriptors.look(Beat::Stopped)?;
         self.descriptors.ask(&mut descriptors, &mut stopped)?;
@@ -484,20 +476,21 @@ impl<'a> Run<'a> {
             clock: clock_there,
         })?;
         self.laps.add("sent");
-        let found = match found {
+        let found = match early {
             Some(found) => found,
             None => self.last_look(b, &stopped)?,
         };
         self.part("scan");
 
-        if !told {
-            if found.bytes() > LITTLE {
-                // It would stand in code of ours for long.
-                stopped.settle()?;
-            }
-            // The wire carries them while the target restores the rest.
-            self.send_last_pages(b, &found)?;
+        if found.bytes() > LITTLE {
+            // It would stand in code of ours for long.
+            stopped.settle()?;
         }
+        // The wire carries them while the target restores the rest.
+        let keeper = &mut b.keeper;
+        self.send_pages(&mut b.tracker, &found, &mut |_, _| keeper.alive())?;
+        b.tracker.owes()?;
+        self.part("pages");
         let shipped = self.files.send(&mut self.wire, &mut || b.keeper.alive())?;
         if matches!(self.addr, Addr::File(_)) {
             self.send_pictures();

@@ -51,8 +51,9 @@ impl Run<'_> {
             files: &Kept::of(pid),
             questions: &self.questions,
         };
-        let begun = self.backend.begin(stand_in.stopped(), &context)?;
-        let pcb = self.backend.capture(stand_in.stopped(), &context, begun)?;
+        let pcb = self
+            .backend
+            .capture(stand_in.stopped(), &context, &mut |_| Ok(()))?;
         self.signals = Some((pcb.signals.clone(), Pending::of(pid)?));
         self.late_signals()?;
         self.signals = None;

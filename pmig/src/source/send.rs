@@ -191,15 +191,6 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// Sends what was written last, while the program stands still.
-    pub(super) fn send_last_pages(&mut self, b: &mut Building, found: &Found) -> Result<()> {
-        let keeper = &mut b.keeper;
-        self.send_pages(&mut b.tracker, found, &mut |_, _| keeper.alive())?;
-        b.tracker.owes()?;
-        self.part("pages");
-        Ok(())
-    }
-
     /// Sends what was written; `sent` hears of every piece.
     pub(super) fn send_pages(
         &mut self,

@@ -21,8 +21,8 @@ use super::limits::{self, Limits};
 use super::registers::{Registers, UserAreas};
 use super::restart::{ProgramClock, Restart, Watch};
 use super::scheduling::Scheduling;
-use super::signals::{self, Queues, SigInfo, Signals};
-use crate::error::{Context, Error, Obstacle, Result};
+use super::signals::{self, SigInfo, Signals};
+use crate::error::{Context, Error, Result};
 use crate::proc::status::Status;
 use crate::proc::Kept;
 use crate::sys::kmod::{Kmod, DEVICE};
@@ -109,25 +109,6 @@ pub struct Moving {
     mask: u64,
     private: Vec<SigInfo>,
     shared: Vec<SigInfo>,
-}
-
-/// A capture that has begun.
-pub struct Begun(Option<Outside>);
-
-impl Begun {
-    /// What changes at every step of the program, where the rest takes long to ask and
-    /// nothing is seen that stands in the way.
-    pub fn moving(&self, stopped: &Stopped) -> Option<Moving> {
-        let outside = self.0.as_ref()?;
-        Some(Moving {
-            general: outside.registers.general,
-            xstate: outside.registers.xstate.clone(),
-            restart: *outside.restart.as_ref().ok()?,
-            mask: stopped.sigmask(),
-            private: outside.queues.private.clone(),
-            shared: outside.queues.shared.clone(),
-        })
-    }
 }
 
 impl Moving {
@@ -331,19 +312,9 @@ impl Backend {
         }
     }
 
-    /// Begins a capture of a stopped process with what takes little time.
-    ///
-    /// # Errors
-    /// [`Error::Gone`]; those of ptrace and procfs.
-    pub fn begin(&self, stopped: &mut Stopped, context: &CaptureContext) -> Result<Begun> {
-        Ok(match self {
-            Backend::Ptrace => Begun(Some(look_from_outside(stopped, context)?)),
-            Backend::Kmod(_) => Begun(None),
-        })
-    }
-
-    /// Captures the rest. What cannot be carried and has appeared since the preflight is
-    /// found here, or by [`look_again`].
+    /// Captures a stopped process. What cannot be carried and has appeared
+    /// since the preflight is found here, or by [`look_again`]. `early` hears what
+    /// changes at every step of a program where the rest takes long to ask.
     ///
     /// # Errors
     /// [`Error::Refused`] with every obstacle; [`Error::Gone`]; those of
@@ -352,12 +323,11 @@ impl Backend {
         &self,
         stopped: &mut Stopped,
         context: &CaptureContext,
-        begun: Begun,
+        early: &mut dyn FnMut(Moving) -> Result<()>,
     ) -> Result<Pcb> {
-        match (self, begun.0) {
-            (Backend::Ptrace, Some(outside)) => ask_inside(stopped, context, outside),
-            (Backend::Kmod(k), _) => kmod::capture(k, stopped, context),
-            (Backend::Ptrace, None) => Err(Error::bad("capture", "was begun by another backend")),
+        match self {
+            Backend::Ptrace => capture_by_ptrace(stopped, context, early),
+            Backend::Kmod(k) => kmod::capture(k, stopped, context),
         }
     }
 
@@ -524,41 +494,36 @@ impl Backend {
     }
 }
 
-/// What is seen of a process before anything of ours has run in it.
-struct Outside {
-    status: Status,
-    obstacles: Vec<Obstacle>,
-    restart: Result<Restart>,
-    registers: Registers,
-    queues: Queues,
-}
-
-fn look_from_outside(stopped: &mut Stopped, context: &CaptureContext) -> Result<Outside> {
+fn capture_by_ptrace(
+    stopped: &mut Stopped,
+    context: &CaptureContext,
+    early: &mut dyn FnMut(Moving) -> Result<()>,
+) -> Result<Pcb> {
+    let pid = stopped.pid();
     let status = Status::again(context.files)?;
     stopped.signals_known(&status);
-    Ok(Outside {
-        obstacles: recheck(stopped, &status),
-        restart: Restart::capture(stopped, context.watch),
-        registers: Registers::capture(stopped)?,
-        queues: Signals::queues(stopped, &status)?,
-        status,
-    })
-}
+    let mut obstacles = recheck(stopped, &status);
 
-fn ask_inside(stopped: &mut Stopped, context: &CaptureContext, outside: Outside) -> Result<Pcb> {
-    let Outside {
-        status,
-        mut obstacles,
-        restart,
-        registers,
-        queues,
-    } = outside;
+    // Queues and registers are read before anything of ours has run.
+    let restart = Restart::capture(stopped, context.watch);
+    let registers = Registers::capture(stopped)?;
+    let queues = Signals::queues(stopped, &status)?;
+    if let Ok(restart) = &restart {
+        early(Moving {
+            general: registers.general,
+            xstate: registers.xstate.clone(),
+            restart: *restart,
+            mask: stopped.sigmask(),
+            private: queues.private.clone(),
+            shared: queues.shared.clone(),
+        })?;
+    }
     let asked = context.questions;
     let done = stopped.run(asked.batch.clone())?;
 
     obstacles.extend(asked.refusals.obstacles(&done));
     obstacles.extend(Attributes::obstacles(&asked.attributes, &done));
-    let scheduling = Scheduling::capture(stopped.pid())?;
+    let scheduling = Scheduling::capture(pid)?;
     obstacles.extend(scheduling.obstacles());
     let restart = match restart {
         Err(Error::Refused(more)) => {

@@ -96,8 +96,7 @@ fn capture_by(backend: &Backend, stopped: &mut Stopped, watch: &Watch) -> Result
         files: &Kept::of(stopped.pid()),
         questions: &Questions::new(),
     };
-    let begun = backend.begin(stopped, &context)?;
-    backend.capture(stopped, &context, begun)
+    backend.capture(stopped, &context, &mut |_| Ok(()))
 }
 
 /// ptrace, and the module where there is one.
