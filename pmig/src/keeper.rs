@@ -269,7 +269,7 @@ pub fn run(id: Id, passage: [i32; 2]) -> Result<()> {
         if let Err(e) = resolve::complete_input(&armed, &passage) {
             tracing::warn!("what was typed for the program is lost: {e}");
         }
-        let now = match unless_lost(&armed, finish(&armed, &call, phase))? {
+        let now = match unless_lost(&armed, || finish(&armed, &call, phase))? {
             Some(now) => now,
             // Only who is alone with the records may decide in them.
             None => {
@@ -315,7 +315,7 @@ fn end_of_pmig(armed: &Armed, pmig: Pid, call: &Call, phase: Phase) -> Result<bo
     };
     tracing::info!("migration {}: {why}", armed.record().id);
     // First the decision, then the end of pmig: it may be about to commit.
-    let stage = unless_lost(armed, armed.abort(&why))?;
+    let stage = unless_lost(armed, || armed.abort(&why))?;
     let longest = match stage {
         _ if matches!(call, Call::Stalled) => Duration::ZERO,
         Some(Stage::Aborted(..) | Stage::Armed(_)) => patience(KEEPER),
@@ -325,13 +325,15 @@ fn end_of_pmig(armed: &Armed, pmig: Pid, call: &Call, phase: Phase) -> Result<bo
     Ok(outlive(pmig, longest, armed))
 }
 
-/// `None`: it failed, and the place of decision is lost.
-fn unless_lost<T>(armed: &Armed, r: Result<T>) -> Result<Option<T>> {
-    match r {
+/// `None`: it fails, and the place of decision is lost.
+fn unless_lost<T>(armed: &Armed, what: impl Fn() -> Result<T>) -> Result<Option<T>> {
+    match what() {
         Err(e) if armed.lost()? => {
             tracing::warn!("{e}");
             Ok(None)
         }
+        // pmig may have decided in the records in between.
+        Err(_) => what().map(Some),
         r => r.map(Some),
     }
 }
@@ -469,7 +471,7 @@ impl Watch<'_> {
         if let Some(left) = patience(KEEPER).checked_sub(silent) {
             return Ok(Some(left));
         }
-        Ok(match unless_lost(self.armed, self.armed.stage())? {
+        Ok(match unless_lost(self.armed, || self.armed.stage())? {
             Some(Stage::Armed(_) | Stage::Aborted(..)) => None,
             Some(Stage::Committing(_) | Stage::Decided(..)) | None => {
                 let limit = patience(KEEPER) * COMMIT_FACTOR;

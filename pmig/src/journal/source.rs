@@ -140,17 +140,21 @@ impl Armed {
     /// Records ABORTED, unless COMMITTING was recorded before; then that stands.
     /// Only after this may the program be let go on.
     pub fn abort(&self, why: &str) -> Result<Stage> {
-        self.stands(self.0.decide(&Decision::aborted(why)))
+        self.stands(self.0.decide(&Decision::aborted(why)), why)
     }
 
     /// The same, from the pmig that alone could have recorded COMMITTING, and has
     /// not: good where the place of decision is lost, too.
     pub fn withdraw(&self, why: &str) -> Result<Stage> {
-        self.stands(self.0.withdraw(&Decision::aborted(why)))
+        self.stands(self.0.withdraw(&Decision::aborted(why)), why)
     }
 
     /// What was decided, by whomever: a decision that failed may still have been made.
-    fn stands(&self, won: Result<bool>) -> Result<Stage> {
+    fn stands(&self, won: Result<bool>, why: &str) -> Result<Stage> {
+        if let Ok(true) = won {
+            // Whatever becomes of where it was written.
+            return Ok(Stage::Aborted(self.clone(), why.into()));
+        }
         match self.stage()? {
             Stage::Armed(_) => Err(won.err().unwrap_or_else(|| {
                 Error::bad(self.0.folder.path().display(), "the record vanished")

@@ -102,16 +102,12 @@ impl Husk {
         if order.id() != record.id || !order.secret().is(&record.secret) {
             return Err(Error::bad("commit", "is for another migration"));
         }
-        let won = self.0.decide(&Decision::Committed);
-        if let Ok(true) = won {
-            return Ok(Fate::Committed(Committed(self.0.clone())));
-        }
-        self.stands(won)
+        self.let_run()
     }
 
     /// A person revives it here.
     pub fn commit_by_hand(&self) -> Result<Fate> {
-        self.stands(self.0.decide(&Decision::Committed))
+        self.let_run()
     }
 
     /// Whether a file was to become it: then nobody else decides.
@@ -121,13 +117,15 @@ impl Husk {
 
     /// Records ABORTED, unless COMMITTED won before; says which stands.
     pub fn abort(&self, why: &str) -> Result<Fate> {
-        self.stands(self.0.decide(&Decision::aborted(why)))
+        let wish = Decision::aborted(why);
+        self.stands(self.0.decide(&wish), &wish)
     }
 
     /// The same, from the session that alone could have recorded COMMITTED, and has
     /// not: good where the place of decision is lost, too.
     pub fn withdraw(&self, why: &str) -> Result<Fate> {
-        self.stands(self.0.withdraw(&Decision::aborted(why)))
+        let wish = Decision::aborted(why);
+        self.stands(self.0.withdraw(&wish), &wish)
     }
 
     /// Whether nobody can tell any more what was decided, if anything was.
@@ -166,10 +164,14 @@ impl Husk {
     }
 
     pub fn fate(&self) -> Result<Option<Fate>> {
-        Ok(self.0.decided()?.map(|decision| match decision {
+        Ok(self.0.decided()?.map(|decision| self.fate_of(&decision)))
+    }
+
+    fn fate_of(&self, decision: &Decision) -> Fate {
+        match decision {
             Decision::Aborted { .. } => Fate::Aborted(Aborted(self.0.clone())),
             _ => Fate::Committed(Committed(self.0.clone())),
-        }))
+        }
     }
 
     /// Notes how the program ended that came here.
@@ -187,9 +189,17 @@ impl Husk {
         self.0.settle(None)
     }
 
+    fn let_run(&self) -> Result<Fate> {
+        self.stands(self.0.decide(&Decision::Committed), &Decision::Committed)
+    }
+
     /// What was decided, by whomever: a decision that failed may still have
     /// been made.
-    fn stands(&self, won: Result<bool>) -> Result<Fate> {
+    fn stands(&self, won: Result<bool>, wish: &Decision) -> Result<Fate> {
+        if let Ok(true) = won {
+            // Whatever becomes of where it was written.
+            return Ok(self.fate_of(wish));
+        }
         match self.fate()? {
             Some(fate) => Ok(fate),
             None => Err(won.err().unwrap_or_else(|| {
@@ -212,7 +222,7 @@ impl Strayed {
 
     fn decide(&self, wish: &Decision) -> Result<Fate> {
         let husk = &self.0;
-        husk.stands(husk.0.decide_what_is_lost(wish))
+        husk.stands(husk.0.decide_what_is_lost(wish), wish)
     }
 
     /// Nothing of it is left: what it was stays unknown.
@@ -331,7 +341,11 @@ pub fn look(id: Id, secret: &Secret) -> Result<Looked> {
     }
     // Looked at before the fate, which comes first.
     let settled = husk.0.settled()?;
-    match (husk.fate()?, husk.this_boot()?) {
+    let fate = match husk.fate() {
+        Err(_) if husk.0.lost()? => return Ok(Looked::Lost),
+        fate => fate?,
+    };
+    match (fate, husk.this_boot()?) {
         // Recorded by somebody who saw to it, and no husk outlives a boot.
         (Some(Fate::Aborted(a)), _) => Ok(Looked::Decided(Fate::Aborted(a))),
         (Some(fate), true) => Ok(Looked::Decided(fate)),

@@ -407,12 +407,12 @@ impl Building {
             }
         }
         self.fetch_touched(wire)?;
+        self.files.check()?;
+        self.holder_lives()?;
         let peak = peak();
         wire.send(&ToSource::Ready(Ready { peak, ..times }))?;
-        // The rest is done while the source hears it. Should it fail, the order is
-        // refused.
+        // While the source hears it. Should it fail, the order is refused.
         self.let_cgroup_hold()?;
-        self.files.check()?;
         self.descriptors.close();
         fault::point(Phase::Ready, Role::Target, || wire.link().cut());
         match wire.recv()? {

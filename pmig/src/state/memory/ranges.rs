@@ -67,12 +67,6 @@ impl Ranges {
             .collect()
     }
 
-    /// Whether any part of `r` is in the set.
-    pub fn meets(&self, r: &Range<u64>) -> bool {
-        let last = self.0.range(..r.end).next_back();
-        last.is_some_and(|(_, &end)| r.start < end)
-    }
-
     /// Bytes in the set.
     pub fn len(&self) -> u64 {
         self.iter().map(|r| r.end - r.start).sum()

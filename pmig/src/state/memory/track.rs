@@ -228,19 +228,14 @@ impl Tracker {
         if private().count() > MOST_ASKED {
             return Ok(Standing::SameLines);
         }
-        // Of others nothing can be out of date: what is there now is found.
-        for vma in private().filter(|v| self.is_known(v.range())) {
+        // Of those too of which nothing was sent: what a look found there may since have
+        // moved away and back, and is not found again.
+        for vma in private() {
             if !self.writes.still_follows(vma.start)? {
                 return Ok(Standing::Changed);
             }
         }
         Ok(Standing::Same)
-    }
-
-    /// Whether any page there was sent, or is to be sent later.
-    fn is_known(&self, r: Range<u64>) -> bool {
-        let all = [&self.sent, &self.owed, &self.later];
-        all.iter().any(|ranges| ranges.meets(&r))
     }
 
     /// Whether no mapping has come, gone or changed since the last look, as far
