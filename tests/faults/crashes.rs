@@ -143,6 +143,20 @@ pub fn keeper(cell: &Cell) -> Result<Option<u32>> {
     Ok(all.find(|p| keeps(&p.cmdline)).map(|p| p.pid))
 }
 
+/// Kills the keeper and pmig, and waits until neither holds anything any more.
+fn kill_both(cell: &Cell, moving: Moving) -> Result<()> {
+    let both: Vec<u32> = keeper(cell)?.into_iter().chain([moving.pid]).collect();
+    for pid in &both {
+        cell.a.signal(*pid, 9)?;
+    }
+    for pid in both {
+        cell.a.wait_for("its end", LIMIT, &mut || {
+            Ok(cell.a.process(pid)?.is_none_or(|p| p.state == 'Z'))
+        })?;
+    }
+    Ok(())
+}
+
 /// Processes of pmig's on b that do `what` for this cell's migration.
 fn workers(cell: &Cell, what: &str) -> Result<Vec<u32>> {
     let ids = cell.b.sh(&format!("ls {}/target", cell.state()))?;
@@ -263,10 +277,7 @@ fn nobody_serves(cell: &Cell) -> Result<()> {
     let server = cell.serve_shared()?;
     let gate = Gate::default();
     let (_proxy, program, moving) = filling(cell, &gate)?;
-    if let Some(keeper) = keeper(cell)? {
-        cell.a.signal(keeper, 9)?;
-    }
-    cell.a.signal(moving.pid, 9)?;
+    kill_both(cell, moving)?;
     gate.open();
     cell.a.exec(&cell.pmig("check", &[]))?;
     ensure!(cell.finish(program)?.name() == "b");
@@ -366,10 +377,7 @@ fn both_die(cell: &Cell, held_at: &'static str, command: &str, place: &str) -> R
     let server = cell.serve_shared()?;
     let gate = Gate::default();
     let (_proxy, program, moving) = held(cell, held_at, &gate, Act::Wait)?;
-    if let Some(keeper) = keeper(cell)? {
-        cell.a.signal(keeper, 9)?;
-    }
-    cell.a.signal(moving.pid, 9)?;
+    kill_both(cell, moving)?;
     let before = cell.output(cell.a)?;
     std::thread::sleep(Duration::from_millis(200));
     ensure!(cell.output(cell.a)? == before, "it was not held");
