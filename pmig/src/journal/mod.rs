@@ -8,7 +8,7 @@
 //! | file | | made |
 //! |---|---|---|
 //! | `record` | ARMED: who, where, when, on which boot | synced, before the freeze |
-//! | `fate` | what was decided below | when all is done that follows |
+//! | `fate` | what was decided below | when nobody waits for it any more |
 //! | `verdict` | source, after COMMITTING: MOVED or RUNS_HERE | exclusively |
 //! | `settled` | all was done that follows; nothing is held any more | last |
 //! | `ended` | target: how the program ended | by its holder |

@@ -100,18 +100,24 @@ fn what_is_not_known_never_reads_as_never_ran() {
         Looked::Undecided(_)
     ));
     // Another boot: whatever was recorded unsynced may be lost.
-    let folder = folder(Role::Target).unwrap();
-    let one = folder.find(&new.id.to_string()).unwrap().unwrap();
-    let mut record = husk.record().clone();
-    record.boot_id = "another".into();
-    one.replace("record", &json(&record).unwrap(), false)
-        .unwrap();
+    let one = of_another_boot(&husk);
     assert!(matches!(
         look(new.id, &new.secret).unwrap(),
         Looked::Unknown(_)
     ));
     one.replace("record", b"{\"garbage\":", false).unwrap();
     assert!(look(new.id, &new.secret).is_err());
+}
+
+/// As if the machine had rebooted since it was recorded; its records.
+fn of_another_boot(husk: &Husk) -> Folder {
+    let mut record = husk.record().clone();
+    record.boot_id = "another".into();
+    let all = folder(Role::Target).unwrap();
+    let one = all.find(&record.id.to_string()).unwrap().unwrap();
+    one.replace("record", &json(&record).unwrap(), false)
+        .unwrap();
+    one
 }
 
 fn lose_fates(role: Role, id: Id) {
@@ -288,12 +294,7 @@ fn what_was_settled_is_known_after_a_boot() {
     };
     aborted.settle().unwrap();
     lose_fates(Role::Target, new.id);
-    let all = folder(Role::Target).unwrap();
-    let one = all.find(&new.id.to_string()).unwrap().unwrap();
-    let mut record = husk.record().clone();
-    record.boot_id = "another".into();
-    one.replace("record", &json(&record).unwrap(), false)
-        .unwrap();
+    of_another_boot(&husk);
     let order = Armed::arm(new.clone()).unwrap().commit().unwrap().order();
     let husk = see_target(new.id).unwrap().unwrap();
     assert!(matches!(husk.commit(&order).unwrap(), Fate::Aborted(_)));

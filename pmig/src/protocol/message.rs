@@ -24,7 +24,7 @@
 //!   Drops, Later ----------------------->
 //!   Pages, Block, Complete ------------->
 //!   Typed ------------------------------>      if it has a terminal
-//!         <------------------------ Ready      only a thaw is left
+//!         <------------------------ Ready      all is restored
 //!      (COMMITTING is recorded)
 //!   Commit ----------------------------->      COMMITTED is recorded, thaw
 //!         <-------------------- Committed

@@ -18,7 +18,7 @@ use crate::state::clock::Reading;
 use crate::transport::Addr;
 
 impl Run<'_> {
-    /// Waits until only a thaw is left to be done at the target.
+    /// Waits until all is restored at the target.
     pub(super) fn ready(&mut self, b: &mut Building, _held: &Frozen) -> Result<()> {
         self.begin(Phase::Ready);
         b.keeper.enter(Phase::Ready)?;
