@@ -109,8 +109,8 @@ impl Husk {
         if steps.is_empty() {
             return Ok(());
         }
-        let lies_well = self.stopped.scratch().is_some_and(|(start, end)| {
-            let in_the_way = |v: &Vma| v.start < end && start < v.end;
+        let lies_well = self.stopped.scratch().is_some_and(|(start, len)| {
+            let in_the_way = |v: &Vma| v.start < start + len && start < v.end;
             !layout.vmas.iter().any(in_the_way)
         });
         if !lies_well {

@@ -70,16 +70,25 @@ pub const TRACEEXEC: usize = libc::PTRACE_O_TRACEEXEC as usize;
 /// Tell system call stops from SIGTRAP.
 pub const TRACESYSGOOD: usize = libc::PTRACE_O_TRACESYSGOOD as usize;
 
-/// For tests: the number of further requests after which this process dies, as
+/// For tests: the number of further steps after which this process dies, as
 /// by `kill -9` between two system calls; negative for never.
 #[cfg(test)]
 pub static DIE_AFTER: std::sync::atomic::AtomicI64 = std::sync::atomic::AtomicI64::new(-1);
 
-fn request(what: u32, pid: i32, addr: usize, data: usize) -> io::Result<i64> {
-    #[cfg(test)]
+/// Something is about to be done to a process.
+#[cfg(test)]
+pub fn step() {
     if DIE_AFTER.fetch_sub(1, std::sync::atomic::Ordering::Relaxed) == 0 {
         let _ = nix::sys::signal::raise(Signal::SIGKILL);
     }
+}
+
+/// Something is about to be done to a process.
+#[cfg(not(test))]
+pub fn step() {}
+
+fn request(what: u32, pid: i32, addr: usize, data: usize) -> io::Result<i64> {
+    step();
     // SAFETY: every caller in this file passes what the request asks for:
     // numbers, or pointers to live buffers of the size that goes with them.
     let r = unsafe { libc::ptrace(what as _, pid, addr, data) };

@@ -6,8 +6,9 @@ use std::os::unix::fs::FileExt;
 use std::rc::Rc;
 
 use super::home::{find_gadget, find_return, Gadget, Return};
-use super::outside::raise_stack_limit;
-use crate::error::{Context, Error, Result};
+use super::outside::{open_mem, raise_stack_limit};
+use super::scratch::Spare;
+use crate::error::{Error, Result};
 use crate::proc;
 
 /// The most of one text mapping that is searched.
@@ -15,7 +16,7 @@ const SEARCH: usize = 4 << 20;
 
 /// Where in the vdso a call is made, and where in the program's text the way
 /// home begins.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Ground {
     pub(super) gadget: Gadget,
     /// Address of the gadget's `syscall` instruction.
@@ -23,8 +24,8 @@ pub struct Ground {
     pub(super) back: Return,
     /// The bytes at `syscall` and at the return, to notice an exec.
     proof: [(u64, [u8; 2]); 2],
-    /// `/proc/PID/pagemap` of that address space.
-    pub(super) pagemap: Rc<File>,
+    /// Room for the runner.
+    pub(super) spare: Option<Rc<Spare>>,
 }
 
 /// One line of /proc/PID/maps, as far as it matters here.
@@ -60,8 +61,7 @@ fn lines(pid: i32) -> Result<Vec<Line>> {
 impl Ground {
     /// Searches the address space of a process, which may be running.
     pub fn survey(pid: i32) -> Result<Ground> {
-        let path = format!("/proc/{pid}/mem");
-        let mem = File::open(&path).context("open", &path)?;
+        let mem = open_mem(pid)?;
         let maps = lines(pid)?;
         let read = |line: &Line| -> Vec<u8> {
             let mut text = vec![0; ((line.end - line.start) as usize).min(SEARCH)];
@@ -78,6 +78,7 @@ impl Ground {
         let code = read(vdso);
         let gadget = find_gadget(&code)
             .ok_or_else(|| Error::bad("vdso", "no system call instruction leads to a return"))?;
+        let spare = Spare::find(vdso.end, &code, &mem).map(Rc::new);
         let mut back: Option<Return> = None;
         for line in maps.iter().filter(|l| l.exec && l.name != "[vsyscall]") {
             match (find_return(&read(line), line.start), back) {
@@ -101,15 +102,13 @@ impl Ground {
             let _ = mem.read_exact_at(&mut bytes, at);
             (at, bytes)
         });
-        let path = format!("/proc/{pid}/pagemap");
-        let pagemap = File::open(&path).context("open", &path)?;
         raise_stack_limit();
         Ok(Ground {
             gadget,
             syscall,
             back,
             proof,
-            pagemap: Rc::new(pagemap),
+            spare,
         })
     }
 

@@ -6,6 +6,7 @@
 //! holds its [`Stopped`].
 
 mod batch;
+mod excursion;
 mod ground;
 mod home;
 mod outside;
@@ -14,9 +15,10 @@ mod scratch;
 mod stopped;
 
 pub use batch::{Arg, Batch, Call, Done, Slot};
+pub use excursion::{Primed, DATA};
 pub use ground::Ground;
 pub use outside::open_mem;
-pub use stopped::{Primed, Stopped, DATA};
+pub use stopped::Stopped;
 
 #[cfg(test)]
 mod tests;

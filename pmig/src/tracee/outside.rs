@@ -92,12 +92,10 @@ pub(super) fn quiet_among(busy: u64) -> Option<i32> {
         .find(|s| busy & (1 << (s - 1)) == 0)
 }
 
-/// `len` bytes of stack that the program never used: pages at the low end that
-/// were never touched, or new ones below. `stack`: where it lies, if that is known.
-///
-/// `pagemap` is the process's.
+/// `len` bytes of stack that the program does not use: at its low end, where
+/// nothing is, or new ones below. `stack`: where it lies, if that is known.
 pub(super) fn unused_stack(
-    (pid, pagemap): (i32, &File),
+    (pid, mem): (i32, &File),
     sp: u64,
     len: u64,
     stack: Option<Range<u64>>,
@@ -108,14 +106,13 @@ pub(super) fn unused_stack(
     };
     let stack =
         found.ok_or_else(|| Error::bad(format!("process {pid}"), "it has no stack of its own"))?;
-    let mut entries = vec![0; (len / PAGE * 8) as usize];
-    let untouched = pagemap
-        .read_exact_at(&mut entries, stack.start / PAGE * 8)
-        .is_ok()
-        && entries.chunks_exact(8).all(|e| e[7] & 0xc0 == 0);
     let low = stack.start + len;
-    if untouched && low < stack.end && !(stack.start..low + PAGE).contains(&sp) {
-        return Ok(stack.start);
+    if low < stack.end && !(stack.start..low + PAGE).contains(&sp) {
+        let mut there = vec![0; len as usize];
+        let read = mem.read_exact_at(&mut there, stack.start);
+        if read.is_ok() && there.iter().all(|b| *b == 0) {
+            return Ok(stack.start);
+        }
     }
     let floor = if (stack.start.saturating_sub(1 << 20)..stack.start).contains(&sp) {
         sp - 128

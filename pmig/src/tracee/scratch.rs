@@ -1,17 +1,98 @@
 //! Memory of ours inside a stopped process, for what it executes for us.
 
-use super::stopped::{Scratch, PAGE};
+use std::cell::Cell;
+use std::fs::File;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+
+use super::stopped::PAGE;
 use super::{RemoteAddr, Stopped};
-use crate::error::{Error, Result};
-use crate::sys::runner;
+use crate::error::{Context, Error, Result};
+use crate::sys::{ptrace, runner};
+
+/// Where the runner is, and where its table goes.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Scratch {
+    pub code: u64,
+    pub table: u64,
+    /// Bytes from `table` on.
+    pub room: u64,
+    /// Address and bytes of the mapping that holds both, where one was made.
+    pub mapped: Option<(u64, u64)>,
+}
+
+/// Bytes of [`Spare`].
+const SPARE: usize = 256;
+
+/// The end of the vdso's last page, behind all its code: there the runner can
+/// lie without a mapping of its own. The page becomes the process's own by
+/// that, as by a debugger's breakpoint. What is lent is cleared again in the end.
+pub(super) struct Spare {
+    at: u64,
+    mem: File,
+    lent: Cell<bool>,
+}
+
+impl Spare {
+    /// Of a vdso with that content that ends at `end`; none, where something is
+    /// there. `mem` is the process's.
+    pub fn find(end: u64, vdso: &[u8], mem: &File) -> Option<Spare> {
+        let code = runner::code();
+        let last = vdso.last_chunk::<SPARE>()?;
+        // Or the runner of a pmig that was killed.
+        let rest = last.strip_prefix(code).unwrap_or(last);
+        (code.len() <= SPARE && rest.iter().all(|b| *b == 0)).then_some(())?;
+        Some(Spare {
+            at: end - SPARE as u64,
+            mem: mem.try_clone().ok()?,
+            lent: Cell::new(false),
+        })
+    }
+
+    /// Puts the runner there.
+    fn lend(&self) -> Result<u64> {
+        if !self.lent.replace(true) {
+            ptrace::step();
+            let done = self.mem.write_all_at(runner::code(), self.at);
+            done.context("write into the vdso", format_args!("at {:#x}", self.at))?;
+        }
+        Ok(self.at)
+    }
+
+    pub fn contains(&self, address: u64) -> bool {
+        (self.at..self.at + SPARE as u64).contains(&address)
+    }
+}
+
+impl Drop for Spare {
+    fn drop(&mut self) {
+        let code = runner::code();
+        let mut there = vec![0; code.len()];
+        // The program may have moved the vdso away, and have something else there.
+        if self.lent.get() && self.mem.read_exact_at(&mut there, self.at).is_ok() && there == code {
+            ptrace::step();
+            let _ = self.mem.write_all_at(&vec![0; code.len()], self.at);
+        }
+    }
+}
 
 impl Stopped {
     /// Makes sure that a table of `len` bytes fits.
     pub(super) fn room_for(&mut self, len: usize) -> Result<()> {
-        let want = (PAGE + len as u64).next_multiple_of(PAGE);
-        if self.scratch.is_some_and(|s| s.len >= want) {
+        let len = len as u64;
+        if self.scratch.is_some_and(|s| s.room >= len) {
             return Ok(());
         }
+        if let (None, Some((spare, table))) = (&self.scratch, self.borrowed_room(len)) {
+            self.scratch = Some(Scratch {
+                code: spare.lend()?,
+                table: table.start,
+                room: table.end - table.start,
+                mapped: None,
+            });
+            return Ok(());
+        }
+        let want = (PAGE + len).next_multiple_of(PAGE);
         self.relocate_scratch(0, want.max(4 * PAGE))
     }
 
@@ -42,11 +123,28 @@ impl Stopped {
             }
             Err(e) => return Err(e),
         };
-        if let Some(old) = self.scratch {
-            self.call_at(call, libc::SYS_munmap, [old.at, old.len, 0, 0, 0, 0])?;
+        if let Some((at, len)) = self.scratch() {
+            self.call_at(call, libc::SYS_munmap, [at, len, 0, 0, 0, 0])?;
         }
-        self.scratch = Some(Scratch { at: new, len });
+        self.scratch = Some(Scratch::mapped(new, len));
         self.write(RemoteAddr(new), runner::code())
+    }
+}
+
+impl Scratch {
+    /// In a mapping of its own: the runner in its first page.
+    pub fn mapped(at: u64, len: u64) -> Scratch {
+        Scratch {
+            code: at,
+            table: at + PAGE,
+            room: len - PAGE,
+            mapped: Some((at, len)),
+        }
+    }
+
+    /// Where the runner's instructions lie.
+    pub fn runner(&self) -> Range<u64> {
+        self.code..self.code + runner::code().len() as u64
     }
 }
 

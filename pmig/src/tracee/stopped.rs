@@ -7,53 +7,19 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
-use super::batch::Head;
+use super::excursion::Home;
 use super::ground::Ground;
-use super::home::{frame, frame_len};
-use super::outside::{is_fault, open_mem, quiet_among, quiet_signal, undo_eintr, unused_stack};
-use super::{Batch, Done, RemoteAddr};
+use super::outside::{is_fault, open_mem, undo_eintr};
+use super::scratch::Scratch;
+use super::RemoteAddr;
 use crate::error::{Context, Error, Result};
 use crate::proc::smaps::Lines;
 use crate::proc::status::Status;
 use crate::sys::ptrace::{self, Change, Regs, RseqConfig};
-use crate::sys::runner;
 
 /// How long a process may take to stop, or to execute a batch.
 const PATIENCE: Duration = Duration::from_secs(10);
 pub(super) const PAGE: u64 = 4096;
-
-/// In the arguments of [`Stopped::prime`]: the address of its data.
-pub const DATA: u64 = 0xda7a_da7a_da7a_da7a;
-
-/// What became of a call that was to be left hanging.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Primed {
-    /// It waits: a restart block is in place, and the program goes on in it
-    /// when its registers say so (rax -516).
-    Armed,
-    /// It was over at once, with this result.
-    Finished(i64),
-}
-
-/// Memory of the process that holds the runner (first page) and its table.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Scratch {
-    pub at: u64,
-    pub len: u64,
-}
-
-impl Scratch {
-    fn table(&self) -> u64 {
-        self.at + PAGE
-    }
-}
-
-/// What keeps a live program safe while it runs our calls.
-struct Home {
-    ground: Ground,
-    sp: u64,
-    bp: u64,
-}
 
 /// A single-threaded process in ptrace-stop, held by this thread.
 ///
@@ -61,36 +27,36 @@ struct Home {
 /// the process go consumes it. Dropping it is the net for errors on the way:
 /// the program gets its registers and signals back and goes on.
 pub struct Stopped {
-    pid: i32,
-    mem: File,
+    pub(super) pid: i32,
+    pub(super) mem: File,
     /// What the program will have when it goes on.
-    regs: Regs,
-    mask: u64,
+    pub(super) regs: Regs,
+    pub(super) mask: u64,
     /// Whether the kernel holds other registers at present.
-    displaced: bool,
+    pub(super) displaced: bool,
     /// Whether a mask of ours is in force.
-    masked: bool,
+    pub(super) masked: bool,
     /// Whether a system call may be taken up again from the present stop.
-    at_syscall: bool,
+    pub(super) at_syscall: bool,
     pub(super) scratch: Option<Scratch>,
     /// `None` for a husk, which nobody else lives in.
-    home: Option<Home>,
-    ground: Option<Ground>,
+    pub(super) home: Option<Home>,
+    pub(super) ground: Option<Ground>,
     /// Where its stack lies, where that is known already.
-    stack: Option<Range<u64>>,
+    pub(super) stack: Option<Range<u64>>,
     /// Signals that are caught, blocked or pending, where that is known already.
-    busy: Option<u64>,
+    pub(super) busy: Option<u64>,
     /// A system call instruction, where one was looked for ahead of time.
-    way_out: Option<u64>,
+    pub(super) way_out: Option<u64>,
     /// Its vector state, where that was read and nothing of ours has run since.
-    seen: RefCell<Option<Vec<u8>>>,
-    live: bool,
+    pub(super) seen: RefCell<Option<Vec<u8>>>,
+    pub(super) live: bool,
     /// The signal whose delivery ends a batch; `None`: step by system calls.
-    end: Option<i32>,
+    pub(super) end: Option<i32>,
     /// Signals that came in between, sent again at the end.
-    held: Vec<i32>,
-    over: bool,
-    _thread: PhantomData<*const ()>,
+    pub(super) held: Vec<i32>,
+    pub(super) over: bool,
+    pub(super) _thread: PhantomData<*const ()>,
 }
 
 impl Stopped {
@@ -163,7 +129,7 @@ impl Stopped {
             displaced: true,
             masked: false,
             at_syscall: false,
-            scratch: Some(Scratch { at: scratch.0, len }),
+            scratch: Some(Scratch::mapped(scratch.0, len)),
             home: None,
             ground: None,
             stack: None,
@@ -261,6 +227,7 @@ impl Stopped {
 
     /// Writes memory, whatever its protection.
     pub fn write(&self, at: RemoteAddr, buf: &[u8]) -> Result<()> {
+        ptrace::step();
         self.mem
             .write_all_at(buf, at.0)
             .context("write memory of", format_args!("{} at {at}", self.pid))
@@ -271,108 +238,10 @@ impl Stopped {
         &self.mem
     }
 
-    /// Memory that is ours at present and no part of the program.
+    /// A mapping that is ours at present and no part of the program: where it
+    /// begins, and its bytes.
     pub fn scratch(&self) -> Option<(u64, u64)> {
-        self.scratch.map(|s| (s.at, s.at + s.len))
-    }
-
-    /// Executes a batch inside the process.
-    pub fn run(&mut self, batch: Batch) -> Result<Done> {
-        if batch.is_empty() {
-            return Ok(Done::of_nothing(batch));
-        }
-        self.mask_for_batch()?;
-        self.room_for(batch.len())?;
-        let scratch = self.scratch.expect("made just now");
-        let (home_sp, home_bp, home_ip) = self
-            .home
-            .as_ref()
-            .map_or((0, 0, 0), |h| (h.sp, h.bp, h.ground.syscall));
-        let table = batch.table(
-            scratch.table(),
-            &Head {
-                pid: self.pid,
-                signal: self.end.unwrap_or(0),
-                scratch: scratch.at,
-                scratch_len: scratch.len,
-                home_sp,
-                home_bp,
-                home_ip,
-            },
-        );
-        self.write(RemoteAddr(scratch.table()), &table)?;
-        let mut regs = self.borrowed();
-        regs.rip = scratch.at;
-        regs.rbx = scratch.table();
-        self.displace(&regs)?;
-        match self.end {
-            Some(signal) => self.until_signal(signal)?,
-            None => self.until_last_call(&scratch)?,
-        }
-        let mut after = vec![0; table.len()];
-        self.read(RemoteAddr(scratch.table()), &mut after)?;
-        batch.done(self.pid, after)
-    }
-
-    /// Makes a call that will wait, and leaves it waiting with its restart
-    /// block in place. `data` is put where the arguments say [`DATA`].
-    pub fn prime(&mut self, number: i64, args: [u64; 6], data: &[u8]) -> Result<Primed> {
-        self.mask_for_batch()?;
-        self.room_for(data.len())?;
-        let scratch = self.scratch.expect("made just now");
-        self.write(RemoteAddr(scratch.table()), data)?;
-        let call = runner::code()
-            .windows(2)
-            .position(|w| w == [0x0f, 0x05])
-            .expect("the runner makes calls");
-        let arg = |i: usize| {
-            if args[i] == DATA {
-                scratch.table()
-            } else {
-                args[i]
-            }
-        };
-        let mut regs = self.borrowed();
-        regs.rip = scratch.at + call as u64;
-        regs.rax = number as u64;
-        (regs.rdi, regs.rsi, regs.rdx) = (arg(0), arg(1), arg(2));
-        (regs.r10, regs.r8, regs.r9) = (arg(3), arg(4), arg(5));
-        self.displace(&regs)?;
-        self.next_syscall_stop()?;
-        self.leave_call()?;
-        let result = ptrace::regs(self.pid)
-            .context("read the registers of", self.pid)?
-            .rax as i64;
-        Ok(match result {
-            -516 => Primed::Armed,
-            r => Primed::Finished(r),
-        })
-    }
-
-    /// Takes our memory out of the process and gives it its own registers and
-    /// mask; it stays stopped.
-    pub fn settle(&mut self) -> Result<()> {
-        if let Some(scratch) = self.scratch {
-            let at = self.syscall_instruction()?;
-            let args = [scratch.at, scratch.len, 0, 0, 0, 0];
-            self.enter_call(at, libc::SYS_munmap, args)?;
-            // The call is made, and its end is this stop.
-            self.leave_call()?;
-            self.result()?;
-            self.scratch = None;
-        } else if self.at_syscall {
-            self.leave_call()?;
-        }
-        if self.displaced {
-            ptrace::set_regs(self.pid, &self.regs).context("set the registers of", self.pid)?;
-            self.displaced = false;
-        }
-        if self.masked {
-            ptrace::set_sigmask(self.pid, self.mask).context("set the signal mask of", self.pid)?;
-            self.masked = false;
-        }
-        self.home = None;
-        Ok(())
+        self.scratch.and_then(|s| s.mapped)
     }
 
     /// Waits, no longer than `within`, until nothing is left of a process that
@@ -405,7 +274,7 @@ impl Stopped {
         settled.and(r)
     }
 
-    fn borrowed(&self) -> Regs {
+    pub(super) fn borrowed(&self) -> Regs {
         Regs {
             orig_rax: u64::MAX,
             eflags: 0x202,
@@ -415,59 +284,9 @@ impl Stopped {
         }
     }
 
-    fn displace(&mut self, regs: &Regs) -> Result<()> {
+    pub(super) fn displace(&mut self, regs: &Regs) -> Result<()> {
         ptrace::set_regs(self.pid, regs).context("set the registers of", self.pid)?;
         self.displaced = true;
-        Ok(())
-    }
-
-    /// Blocks all signals but the one that ends batches.
-    fn mask_for_batch(&mut self) -> Result<()> {
-        if self.masked {
-            return Ok(());
-        }
-        if self.live {
-            self.end = match self.busy {
-                Some(busy) => quiet_among(busy),
-                None => quiet_signal(self.pid)?,
-            };
-            self.prepare_home()?;
-        }
-        let open = self.end.map_or(0, |s| 1u64 << (s - 1));
-        ptrace::set_sigmask(self.pid, !open).context("set the signal mask of", self.pid)?;
-        self.masked = true;
-        Ok(())
-    }
-
-    fn prepare_home(&mut self) -> Result<()> {
-        let ground = match self.ground.take() {
-            Some(g) if g.holds(&self.mem) => g,
-            _ => Ground::survey(self.pid)?,
-        };
-        let xstate = match self.seen.take() {
-            Some(xstate) => xstate,
-            None => self.xstate()?,
-        };
-        self.seen.take();
-        let len = (frame_len(xstate.len()) as u64).next_multiple_of(PAGE);
-        let of = (self.pid, &*ground.pagemap);
-        let base = unused_stack(of, self.regs.rsp, len, self.stack.take())?;
-        let frame = frame(
-            base,
-            &ground.gadget,
-            ground.syscall,
-            ground.back,
-            &self.regs,
-            &xstate,
-            self.mask,
-        )?;
-        self.write(RemoteAddr(base), &frame.bytes)?;
-        self.ground = Some(ground.clone());
-        self.home = Some(Home {
-            ground,
-            sp: frame.sp,
-            bp: frame.bp,
-        });
         Ok(())
     }
 
@@ -508,7 +327,7 @@ impl Stopped {
     }
 
     /// Up to the stop at the beginning of a call.
-    fn enter_call(&mut self, at: u64, number: i64, args: [u64; 6]) -> Result<()> {
+    pub(super) fn enter_call(&mut self, at: u64, number: i64, args: [u64; 6]) -> Result<()> {
         let mut regs = self.borrowed();
         regs.rip = at;
         regs.rax = number as u64;
@@ -520,7 +339,7 @@ impl Stopped {
 
     /// From a stop at a call to one on the way through signal handling: only there
     /// does the kernel take up an interrupted call again.
-    fn leave_call(&mut self) -> Result<()> {
+    pub(super) fn leave_call(&mut self) -> Result<()> {
         ptrace::interrupt(self.pid).context("interrupt process", self.pid)?;
         ptrace::cont(self.pid, 0).context("continue process", self.pid)?;
         self.await_stop()?;
@@ -529,7 +348,7 @@ impl Stopped {
     }
 
     /// What the call just made returned.
-    fn result(&self) -> Result<u64> {
+    pub(super) fn result(&self) -> Result<u64> {
         let result = ptrace::regs(self.pid)
             .context("read the registers of", self.pid)?
             .rax as i64;
@@ -543,12 +362,12 @@ impl Stopped {
         Ok(result as u64)
     }
 
-    fn next_syscall_stop(&mut self) -> Result<()> {
+    pub(super) fn next_syscall_stop(&mut self) -> Result<()> {
         ptrace::cont_to_syscall(self.pid, 0).context("continue process", self.pid)?;
         self.wait_for(|c| *c == Change::Syscall, ptrace::cont_to_syscall)
     }
 
-    fn until_signal(&mut self, signal: i32) -> Result<()> {
+    pub(super) fn until_signal(&mut self, signal: i32) -> Result<()> {
         let pid = self.pid;
         ptrace::cont(pid, 0).context("continue process", pid)?;
         self.wait_for(
@@ -570,13 +389,15 @@ impl Stopped {
     }
 
     /// Steps from call to call until the runner tells its end.
-    fn until_last_call(&mut self, scratch: &Scratch) -> Result<()> {
+    pub(super) fn until_last_call(&mut self, scratch: &Scratch) -> Result<()> {
         loop {
             self.next_syscall_stop()?;
             let regs = ptrace::regs(self.pid).context("read the registers of", self.pid)?;
             self.next_syscall_stop()?;
-            let inside = (scratch.at..scratch.table()).contains(&regs.rip);
-            if inside && regs.orig_rax == libc::SYS_tgkill as u64 && regs.rdx == 0 {
+            if scratch.runner().contains(&regs.rip)
+                && regs.orig_rax == libc::SYS_tgkill as u64
+                && regs.rdx == 0
+            {
                 self.at_syscall = true;
                 return Ok(());
             }
