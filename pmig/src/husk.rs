@@ -291,7 +291,7 @@ impl Husk {
                 "the program has none there",
             ))
         };
-        if run.start % PAGE != 0 || run.end % PAGE != 0 || run.start >= run.end {
+        if run.start >= run.end {
             return bad();
         }
         let mut at = run.start;

@@ -61,7 +61,8 @@ pub enum ToTarget {
     Ping,
     Build,
     Layout(Layout),
-    /// Runs of pages, first address and bytes; their content follows.
+    /// Runs of memory, first address and bytes; their content follows. Whole pages,
+    /// or of those that were sent before what has changed since.
     Pages(Vec<(u64, u32)>),
     /// Runs of pages that are gone.
     Drops(Vec<(u64, u64)>),

@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 use crate::transport::Link;
 
 /// The version of everything that follows. Both sides must have the same.
-pub const VERSION: u16 = 4;
+pub const VERSION: u16 = 5;
 
 /// How long either side waits for the other's preface.
 pub const PATIENCE: Duration = Duration::from_secs(10);

@@ -43,7 +43,7 @@ use crate::report::{Event, Facts, Failure, Freeze, Progress, Summary};
 use crate::state::bounds::Bounds;
 use crate::state::clock::{self, Clock, Difference, Reading};
 use crate::state::fd::{Beat, FdTable, Watch as FdWatch};
-use crate::state::memory::{self, Kernel, Tracker, Tracking, TrackingChoice, PAGE};
+use crate::state::memory::{self, Delta, Kernel, Tracker, Tracking, TrackingChoice, PAGE};
 use crate::state::paths::FilePath;
 use crate::state::pcb::{self, Backend, MachineFacts, PcbChoice, Questions};
 use crate::state::restart::{ProgramClock, Watch as RestartWatch};
@@ -167,6 +167,7 @@ struct Run<'a> {
     laps: Laps,
     /// For pages on their way.
     buf: Vec<u8>,
+    delta: Delta,
     stopped_at: Option<Reading>,
     _claim: Option<Claim>,
     /// Who holds the program's terminals here, if somebody of ours does.
@@ -310,6 +311,7 @@ impl<'a> Run<'a> {
             lap: Instant::now(),
             laps: Laps::new(),
             buf: Vec::new(),
+            delta: Delta::default(),
             stopped_at: None,
             _claim: claim,
             holder: None,
@@ -476,16 +478,14 @@ impl<'a> Run<'a> {
             clock: clock_there,
         })?;
         self.laps.add("sent");
+        // What was lent for calls is the program's memory again.
+        stopped.settle()?;
         let found = match early {
             Some(found) => found,
             None => self.last_look(b, &stopped)?,
         };
         self.part("scan");
 
-        if found.bytes() > LITTLE {
-            // It would stand in code of ours for long.
-            stopped.settle()?;
-        }
         // The wire carries them while the target restores the rest.
         let keeper = &mut b.keeper;
         self.send_pages(&mut b.tracker, &found, &mut |_, _| keeper.alive())?;
@@ -501,7 +501,6 @@ impl<'a> Run<'a> {
         self.part("files");
         // All is on its way: what stands still can be put in order and looked at
         // meanwhile.
-        stopped.settle()?;
         self.files.check_unchanged()?;
         self.descriptors.look_again(&descriptors)?;
         let obstacles = pcb::look_again(self.pid)?;

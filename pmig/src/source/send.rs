@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use super::later::Outlook;
-use super::{answer, unexpected, Building, Run};
+use super::{answer, unexpected, Building, Run, LITTLE};
 use crate::error::Result;
 use crate::fault::{self, Role};
 use crate::holder;
@@ -173,6 +173,7 @@ impl Run<'_> {
         if found.steps.is_empty() {
             return Ok(());
         }
+        self.delta.forget();
         // What is mapped must be known to be the same file there.
         self.sync_files(&tracker.layout, &[])?;
         self.wire
@@ -183,6 +184,9 @@ impl Run<'_> {
     /// Tells what was there and is gone.
     pub(super) fn send_drops(&mut self, found: &Found) -> Result<()> {
         let drops: Vec<(u64, u64)> = found.drops.iter().map(|r| (r.start, r.end)).collect();
+        if !drops.is_empty() {
+            self.delta.forget();
+        }
         for some in drops.chunks(4096) {
             self.wire
                 .send(&ToTarget::Drops(some.to_vec()))
@@ -212,6 +216,11 @@ impl Run<'_> {
         buf: &mut [u8],
         sent: &mut dyn FnMut(&mut Self, u64) -> Result<()>,
     ) -> Result<()> {
+        // Much is not worth remembering, and what follows later is dropped there.
+        let by_changes = found.bytes() <= LITTLE && !self.postponed;
+        if !by_changes {
+            self.delta.forget();
+        }
         let mut some: Vec<Range<u64>> = Vec::new();
         let mut len = 0;
         for run in &found.pages {
@@ -222,34 +231,48 @@ impl Run<'_> {
                 len += to - at;
                 at = to;
                 if len == PIECE || some.len() == MOST_RUNS {
-                    let bytes = self.send_piece(tracker, &some, buf)?;
+                    let bytes = self.send_piece(tracker, &some, buf, by_changes)?;
                     sent(self, bytes)?;
                     some.clear();
                     len = 0;
                 }
             }
         }
-        let bytes = self.send_piece(tracker, &some, buf)?;
+        let bytes = self.send_piece(tracker, &some, buf, by_changes)?;
         sent(self, bytes)
     }
 
-    /// Sends what of these runs the target has not anyway; returns the bytes of that.
+    /// Sends what of these runs the target has not anyway; returns the bytes of the
+    /// pages in which that lies.
     fn send_piece(
         &mut self,
         tracker: &mut Tracker,
         runs: &[Range<u64>],
         buf: &mut [u8],
+        by_changes: bool,
     ) -> Result<u64> {
         let read = tracker.read(runs, buf)?;
         let (kept, len) = keep_content(tracker, read, buf);
         if kept.is_empty() {
             return Ok(0);
         }
-        let runs = kept.iter().map(|r| (r.start, (r.end - r.start) as u32));
-        self.wire
-            .send_with(&ToTarget::Pages(runs.collect()), &buf[..len])
-            .map_err(|e| self.better(e))?;
-        kept.into_iter().for_each(|r| tracker.mark_sent(r));
+        kept.iter().for_each(|r| tracker.mark_sent(r.clone()));
+        let last = self.stopped_at.is_some();
+        let (runs, rest) = match by_changes {
+            true => self.delta.reduce(kept, &mut buf[..len], last),
+            false => (kept, len),
+        };
+        if runs.is_empty() {
+            return Ok(len as u64);
+        }
+        let runs = runs.iter().map(|r| (r.start, (r.end - r.start) as u32));
+        let pages = ToTarget::Pages(runs.collect());
+        let sent = match last {
+            // The last word comes right behind it.
+            true => self.wire.queue_with(&pages, &buf[..rest]),
+            false => self.wire.send_with(&pages, &buf[..rest]),
+        };
+        sent.map_err(|e| self.better(e))?;
         Ok(len as u64)
     }
 }

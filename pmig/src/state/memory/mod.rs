@@ -1,5 +1,6 @@
 //! Memory: the address space, which pages must travel, and how they get there.
 
+mod delta;
 mod layout;
 mod missing;
 mod ranges;
@@ -8,6 +9,7 @@ mod tests;
 mod track;
 mod writes;
 
+pub use delta::Delta;
 pub use layout::{
     apply, file_of, first_look, resident, steps, Backing, Kernel, Layout, MappedFile, Step, Vma,
     BOTTOM, PAGE, TOP,

@@ -26,7 +26,7 @@ pub use watch::Watch;
 use super::words::{bytes_of, u64_at};
 use crate::error::{Error, Obstacle, Result};
 use crate::sys::ptrace::Regs;
-use crate::tracee::{Primed, Stopped, DATA};
+use crate::tracee::{Primed, RemoteAddr, Stopped, DATA};
 
 /// "Make the call again unless a handler runs" and "go on with the restart
 /// block" (include/linux/errno.h, not for user space).
@@ -227,6 +227,13 @@ impl Restart {
             return Ok(regs);
         };
         let (args, data) = timed.remaining(clock.now())?;
+        // There the kernel writes what is left when we end the sleep.
+        let left = match wait(timed.call, &timed.args) {
+            Some(Wait::Relative { left, .. }) if left != 0 => Some(RemoteAddr(left)),
+            _ => None,
+        };
+        let mut before = [0; 16];
+        let left = left.filter(|at| stopped.read(*at, &mut before).is_ok());
         match stopped.prime(timed.call, args, &data)? {
             Primed::Armed => {}
             Primed::Finished(result) => {
@@ -235,6 +242,8 @@ impl Restart {
                 regs.orig_rax = u64::MAX;
             }
         }
+        // All memory is as it came: only changes of it may still come.
+        left.map_or(Ok(()), |at| stopped.write(at, &before))?;
         Ok(regs)
     }
 }
