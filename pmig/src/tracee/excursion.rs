@@ -152,6 +152,14 @@ impl Stopped {
         }
     }
 
+    /// From the stop that a batch ended in to one of PTRACE_INTERRUPT.
+    ///
+    /// # Errors
+    /// Those of ptrace; the process has ended.
+    pub fn stop_anew(&mut self) -> Result<()> {
+        self.leave_call()
+    }
+
     /// Leaves the stack that was used as it was found: empty.
     fn clear(&self, home: &Home) -> Result<()> {
         let len = home.room.end - home.base;

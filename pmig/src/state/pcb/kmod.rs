@@ -150,12 +150,13 @@ pub fn capture(kmod: &Kmod, stopped: &mut Stopped, context: &CaptureContext) -> 
     })
 }
 
-/// The module wants the stop of PTRACE_INTERRUPT; settling comes to it.
+/// The module wants the stop of PTRACE_INTERRUPT, and the program's own registers.
 fn raw_capture(kmod: &Kmod, stopped: &mut Stopped) -> Result<RawPcb> {
     let pid = stopped.pid();
     let fd = pidfd::open(pid).context("open process", pid)?;
     let result = match kmod.capture(fd.as_fd(), CAPTURED) {
         Err(e) if e.raw_os_error() == Some(libc::EPROTO) => {
+            stopped.stop_anew()?;
             stopped.settle()?;
             kmod.capture(fd.as_fd(), CAPTURED)
         }
