@@ -44,6 +44,40 @@ pub fn mappings(pid: i32, name: &str) -> Result<Vec<u8>> {
     read_into(pid, name, ROOM_FOR_MAPPINGS, LIMIT_OF_MAPPINGS)
 }
 
+/// `/proc/PID/maps`, kept open: of the address space that there was then.
+#[derive(Debug)]
+pub struct Maps {
+    pid: i32,
+    file: File,
+}
+
+impl Maps {
+    /// # Errors
+    /// As [`read`].
+    pub fn open(pid: i32) -> Result<Maps> {
+        let file = open(pid, "maps")?;
+        Ok(Maps { pid, file })
+    }
+
+    /// # Errors
+    /// As [`read`].
+    pub fn read(&self) -> Result<Vec<u8>> {
+        let (mut bytes, mut len) = (vec![0; ROOM_FOR_MAPPINGS], 0);
+        loop {
+            let got = self.file.read_at(&mut bytes[len..], len as u64);
+            let got = got.map_err(|e| failed(e, self.pid, "maps"))?;
+            len += got;
+            if got == 0 || len as u64 >= LIMIT_OF_MAPPINGS {
+                bytes.truncate(len);
+                return Ok(bytes);
+            }
+            if len == bytes.len() {
+                bytes.resize(2 * len, 0);
+            }
+        }
+    }
+}
+
 fn read_into(pid: i32, name: &str, room: usize, limit: u64) -> Result<Vec<u8>> {
     all_of(&open(pid, name)?, pid, name, room, limit)
 }
@@ -77,8 +111,9 @@ pub fn text(pid: i32, name: &str) -> Result<String> {
 }
 
 /// Files of `/proc/PID` that are read again and again: each is opened when it is first
-/// read, and kept open, which takes most of the time. Only for those that go on telling
-/// of the process whatever it executes, and that the kernel hands out at once.
+/// read, and kept open, which takes most of the time. Only for those that the kernel
+/// hands out at once. `auxv` goes on telling of what was executed when it was first
+/// read, all others of the process.
 #[derive(Debug)]
 pub struct Kept {
     pid: i32,

@@ -53,6 +53,14 @@ impl Lines {
         super::mappings(pid, "maps").map(Lines)
     }
 
+    /// The same of a file that is open.
+    ///
+    /// # Errors
+    /// As [`super::read`].
+    pub fn again(maps: &super::Maps) -> Result<Lines> {
+        maps.read().map(Lines)
+    }
+
     /// Those that stand in the text of either file.
     fn in_text(text: &[u8]) -> Lines {
         let lines = text.split_inclusive(|b| *b == b'\n');

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::words::bytes_of;
 use crate::error::{Error, Result};
 use crate::proc::stat::Stat;
-use crate::proc::{self, Kept};
+use crate::proc::Kept;
 use crate::tracee::{Batch, Call, Done};
 
 /// The kernel's auxiliary vector holds fewer entries than this (AT_VECTOR_SIZE).
@@ -37,6 +37,8 @@ impl Bounds {
         batch.call("read the program break", libc::SYS_brk, &[0u64.into()])
     }
 
+    /// Of a program that has executed no other one since `files` were first read.
+    ///
     /// # Errors
     /// [`Error::Gone`], [`Error::Bad`].
     pub fn capture(files: &Kept, brk: Call, done: &Done) -> Result<Bounds> {
@@ -56,8 +58,7 @@ impl Bounds {
 
     fn from_files(files: &Kept) -> Result<Bounds> {
         let stat = Stat::again(files)?;
-        // It is of the address space that was there when it was opened.
-        let auxv = proc::read(files.pid(), "auxv")?;
+        let auxv = files.read("auxv")?;
         let [start_code, end_code, start_stack] = stat.fields(26)?;
         let [start_data, end_data, start_brk, arg_start, arg_end, env_start, env_end] =
             stat.fields(45)?;

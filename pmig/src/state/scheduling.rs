@@ -32,21 +32,34 @@ pub struct Scheduling {
     pub io_priority: u32,
 }
 
+/// The slice that a process gets which asks for none, as ours does.
+fn own_slice() -> Result<u64> {
+    static OWN: OnceLock<u64> = OnceLock::new();
+    if let Some(slice) = OWN.get() {
+        return Ok(*slice);
+    }
+    let own = sched::getattr(0).context("read the scheduling of process", "self")?;
+    Ok(*OWN.get_or_init(|| own.runtime))
+}
+
 impl Scheduling {
     /// # Errors
     /// [`Error::Os`] of the calls; a policy that cannot be carried is an
     /// obstacle, not an error ([`Scheduling::obstacles`]).
     pub fn capture(pid: i32) -> Result<Scheduling> {
         let attr = sched::getattr(pid).context("read the scheduling of process", pid)?;
-        let own = sched::getattr(0).context("read the scheduling of process", "self")?;
         let real_time = attr.priority != 0;
         Ok(Scheduling {
             policy: attr.policy,
             reset_on_fork: attr.flags & SCHED_RESET_ON_FORK != 0,
-            nice: sched::nice(pid).context("read the nice value of process", pid)?,
+            // Of a real-time policy the kernel tells only its priority.
+            nice: match real_time || attr.policy == SCHED_DEADLINE {
+                true => sched::nice(pid).context("read the nice value of process", pid)?,
+                false => attr.nice,
+            },
             priority: attr.priority,
             // The default is a setting of the machine; ours is the default.
-            slice: (!real_time && attr.policy != SCHED_DEADLINE && attr.runtime != own.runtime)
+            slice: (!real_time && attr.policy != SCHED_DEADLINE && attr.runtime != own_slice()?)
                 .then_some(attr.runtime),
             clamp: ((attr.util_min, attr.util_max) != (0, UTIL_MAX)
                 && (attr.util_min, attr.util_max) != (0, 0))

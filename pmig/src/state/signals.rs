@@ -133,9 +133,16 @@ impl Signals {
     /// # Errors
     /// ptrace's own.
     pub fn queues(stopped: &Stopped, status: &Status) -> Result<Queues> {
+        let queue = |shared, pending| -> Result<_> {
+            Ok(match pending {
+                0 => Vec::new(),
+                _ => complete(&stopped.pending(shared)?, pending),
+            })
+        };
+        let [private, shared] = status.pending;
         Ok(Queues {
-            private: complete(&stopped.pending(false)?, status.pending[0]),
-            shared: complete(&stopped.pending(true)?, status.pending[1]),
+            private: queue(false, private)?,
+            shared: queue(true, shared)?,
         })
     }
 

@@ -28,7 +28,7 @@ pub enum Primed {
 }
 
 /// Bytes of its unused stack that a live program lends for tables.
-const ROOM: u64 = 4 * PAGE;
+const ROOM: u64 = 3 * PAGE;
 
 /// What keeps a live program safe while it runs our calls.
 pub(super) struct Home {

@@ -7,8 +7,12 @@ impl Stopped {
     /// A program stopped inside a restartable sequence goes on at the
     /// sequence's abort address, as after any preemption (rseq(2)).
     pub(super) fn leave_rseq_section(&self, regs: &mut Regs) {
+        // A sequence makes no system calls.
+        if regs.orig_rax as i64 >= 0 {
+            return;
+        }
         let Ok(config) = self.rseq() else { return };
-        if config.address == 0 || regs.orig_rax as i64 >= 0 {
+        if config.address == 0 {
             return;
         }
         let word = |at: u64| {

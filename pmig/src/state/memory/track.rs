@@ -13,6 +13,7 @@ use super::ranges::{neighbours, push, span, without, Ranges};
 use super::writes::{begin, Nothing, Part, Then, Tracking, Writes};
 use crate::error::{Context, Error, Obstacle, Result};
 use crate::proc::smaps::{self, Lines, Mapping};
+use crate::proc::Maps;
 use crate::sys::across;
 use crate::sys::pagemap::{category, scan, Query};
 use crate::tracee::Stopped;
@@ -73,6 +74,7 @@ pub struct Tracker {
     pid: i32,
     pagemap: File,
     mem: File,
+    maps: Maps,
     writes: Box<dyn Writes>,
     pub layout: Layout,
     /// What the target has.
@@ -121,6 +123,7 @@ impl Tracker {
             pid,
             pagemap: open("pagemap")?,
             mem: open("mem")?,
+            maps: Maps::open(pid)?,
             writes,
             layout: Layout::default(),
             sent: Ranges::default(),
@@ -242,7 +245,7 @@ impl Tracker {
     /// as its line tells.
     fn is_unchanged(&self) -> Result<bool> {
         self.same_space()?;
-        Ok(self.all_watched && Lines::of(self.pid)? == self.lines)
+        Ok(self.all_watched && Lines::again(&self.maps)? == self.lines)
     }
 
     /// Where the stack of a process that stands still lies, as of the last look.
