@@ -18,7 +18,8 @@ use lab::Make;
 use std::process::ExitCode;
 use std::time::Duration;
 
-/// A program to move, and how: `roaming, hybrid` is `--mode hybrid`.
+/// A program to move, and how: `roaming, hybrid` is `--mode hybrid`, and `hot, whole`
+/// writes whole pages instead of a word in each.
 type Config = (Make, &'static str, &'static str, u32);
 
 fn configs() -> Vec<Config> {
@@ -42,6 +43,8 @@ fn configs() -> Vec<Config> {
             for mode in ["hot", "roaming"] {
                 all.extend(sizes.iter().map(|size| (make, *pcb, mode, *size)));
             }
+            // Pages of which every byte is another one.
+            all.push((make, *pcb, "hot, whole", 64));
             // Memory that follows later.
             for mode in ["roaming, hybrid", "roaming, post"] {
                 let large = sizes.iter().filter(|size| **size >= 64);
@@ -64,7 +67,11 @@ fn start<'a>(
             return Err(CannotHere("the hosts have no /dev/pmig".into()).into());
         }
         let (mode, how) = mode.split_once(", ").unwrap_or((mode, "auto"));
-        let line = format!("ticker mode={mode} resident_mb={size} ticks=1000000000");
+        let (how, words) = match how {
+            "whole" => ("auto", 512),
+            how => (how, 1),
+        };
+        let line = format!("ticker mode={mode} resident_mb={size} words={words} ticks=1000000000");
         let more = format!("--pcb {pcb} --mode {how}");
         *mover = Some(Mover::start(&stage, &line, &more)?);
     }

@@ -196,7 +196,7 @@ impl Husk {
     /// A run lies elsewhere, or cannot be written to; then some of them may have been.
     pub fn write(&self, runs: &[Range<u64>], bytes: &[u8]) -> Result<()> {
         for run in runs {
-            self.own(run)?;
+            self.has(run)?;
         }
         let (mut rest, mut bytes) = (runs, bytes);
         while !rest.is_empty() {
@@ -285,6 +285,20 @@ impl Husk {
 
     /// Whether a run that a peer names lies in private mappings of the program.
     fn own(&self, run: &Range<u64>) -> Result<()> {
+        let bad = || {
+            Err(Error::bad(
+                format!("memory {:x}-{:x}", run.start, run.end),
+                "the program has none there",
+            ))
+        };
+        if run.start % PAGE != 0 || run.end % PAGE != 0 {
+            return bad();
+        }
+        self.has(run)
+    }
+
+    /// The same of any bytes.
+    fn has(&self, run: &Range<u64>) -> Result<()> {
         let bad = || {
             Err(Error::bad(
                 format!("memory {:x}-{:x}", run.start, run.end),

@@ -1,6 +1,7 @@
 //! Writes a line each millisecond and dirties ten pages a tick: `mode=hot`
-//! walks round 64 pages, `mode=roaming` through all of its memory. Beside that
-//! it can have many mappings and descriptors, which it looks after in turn.
+//! walks round 64 pages, `mode=roaming` through all of its memory. In each it
+//! writes one word, or as many as `words=` says. Beside that it can have many
+//! mappings and descriptors, which it looks after in turn.
 
 use lab::victim::crowd::Crowd;
 use lab::victim::{hurry, run, Args, Mix};
@@ -23,6 +24,7 @@ fn main() -> ExitCode {
             "tick_us",
             "seed",
             "per_tick",
+            "words",
             "mappings",
             "mapping_kb",
             "descriptors",
@@ -37,6 +39,7 @@ fn main() -> ExitCode {
             other => return Err(format!("mode={other}: neither hot nor roaming")),
         };
         let per_tick = args.number("per_tick", PER_TICK)?;
+        let words = args.number("words", 1)?.clamp(1, PAGE as u64 / 8) as usize;
         let mut crowd = Crowd::new(
             args.number("mappings", 0)?,
             args.number("mapping_kb", 4)? / 4,
@@ -47,7 +50,7 @@ fn main() -> ExitCode {
         for value in &mut memory {
             *value = mix.add(1);
         }
-        let fresh = sum(&memory);
+        let fresh = sum(&memory, words);
         let begin = Instant::now();
         let mut out = std::io::stdout();
         let mut dirtied = 0;
@@ -58,7 +61,8 @@ fn main() -> ExitCode {
                 break;
             }
             for _ in 0..per_tick {
-                memory[(dirtied % round) as usize * PAGE / 8] = dirtied;
+                let at = (dirtied % round) as usize * PAGE / 8;
+                memory[at..at + words].fill(dirtied);
                 dirtied += 1;
             }
             let line = format!(
@@ -75,31 +79,31 @@ fn main() -> ExitCode {
             thread::sleep(tick);
         }
         crowd.check()?;
-        check(&memory, round, dirtied)?;
-        if sum(&memory) != fresh {
+        check(&memory, round, dirtied, words)?;
+        if sum(&memory, words) != fresh {
             return Err("a word that nobody wrote has changed".into());
         }
         Ok(fresh ^ dirtied)
     })
 }
 
-/// The words of all pages but their first, which the ticks overwrite.
-fn sum(memory: &[u64]) -> u64 {
+/// The words of all pages but their first ones, which the ticks overwrite.
+fn sum(memory: &[u64], written: usize) -> u64 {
     let mut mix = Mix(0);
     for page in memory.chunks(PAGE / 8) {
-        for word in &page[1..] {
+        for word in &page[written..] {
             mix.add(*word);
         }
     }
     mix.0
 }
 
-/// The first word of each page walked must be the last number put there.
-fn check(memory: &[u64], round: u64, dirtied: u64) -> Result<(), String> {
+/// The first words of each page walked must be the last number put there.
+fn check(memory: &[u64], round: u64, dirtied: u64, words: usize) -> Result<(), String> {
     for page in 0..round.min(dirtied) {
         let last = dirtied - 1 - (dirtied - 1 - page) % round;
-        let found = memory[page as usize * PAGE / 8];
-        if found != last {
+        let at = page as usize * PAGE / 8;
+        if let Some(found) = memory[at..at + words].iter().find(|w| **w != last) {
             return Err(format!("page {page} holds {found} instead of {last}"));
         }
     }

@@ -71,6 +71,12 @@ impl Lines {
         Lines(all)
     }
 
+    /// Whether something is mapped there.
+    pub fn touch(&self, range: &Range<u64>) -> bool {
+        let mut mappings = self.0.split(|b| *b == b'\n').filter_map(header);
+        mappings.any(|m| m.start < range.end && range.start < m.end)
+    }
+
     /// The last mapping of that name; what only the kernel maps lies last.
     pub fn find(&self, name: &[u8]) -> Option<Range<u64>> {
         let mut lines = self.0.rsplit(|b| *b == b'\n');

@@ -384,7 +384,7 @@ impl<'a> Run<'a> {
             restart.before(self.pid);
             keeper.stopped()?;
             let stopped_at = Instant::now();
-            let mut stopped = Stopped::seize(self.pid)?.on(ground.clone());
+            let mut stopped = Stopped::seize(self.pid)?.on(ground.clone())?;
             let clock = self.program_clock()?;
             restart.stopped(&stopped, clock)?;
             self.backend.first_stop(&mut stopped)?;
@@ -444,7 +444,7 @@ impl<'a> Run<'a> {
         self.stopped_at = Some(Reading::now());
         let mut stopped = Stopped::seize_with(self.pid, mem)?;
         if let Some(ground) = b.ground.take() {
-            stopped = stopped.on(ground);
+            stopped = stopped.on(ground)?;
         }
         b.restart.stopped(&stopped, clock)?;
         let clock_there = Clock::capture(ahead, self.difference.least());
@@ -478,7 +478,7 @@ impl<'a> Run<'a> {
             clock: clock_there,
         })?;
         self.laps.add("sent");
-        // What was lent for calls is the program's memory again.
+        // The stack that was lent for calls is the program's own again.
         stopped.settle()?;
         let found = match early {
             Some(found) => found,

@@ -13,7 +13,7 @@ use crate::phase::Phase;
 use crate::protocol::message::{ToSource, ToTarget, MAX_RAW};
 use crate::report::{Event, Round};
 use crate::state::fd::Beat;
-use crate::state::memory::{Found, Tracker, PAGE};
+use crate::state::memory::{Backing, Found, Tracker, Vma, PAGE};
 use crate::sys::across::MOST_RUNS;
 
 /// Rounds of the copy, at most.
@@ -216,8 +216,12 @@ impl Run<'_> {
         buf: &mut [u8],
         sent: &mut dyn FnMut(&mut Self, u64) -> Result<()>,
     ) -> Result<()> {
-        // Much is not worth remembering, and what follows later is dropped there.
-        let by_changes = found.bytes() <= LITTLE && !self.postponed;
+        // Much is not worth remembering, what follows later is dropped there, and what
+        // the kernel may drop it may drop there too.
+        let droppable = |v: &Vma| matches!(v.backing, Backing::Droppable);
+        let by_changes = found.bytes() <= LITTLE
+            && !self.postponed
+            && !tracker.layout.vmas.iter().any(droppable);
         if !by_changes {
             self.delta.forget();
         }

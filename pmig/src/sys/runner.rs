@@ -18,7 +18,7 @@ pub mod header {
     pub const TGID: usize = 2;
     pub const TID: usize = 3;
     pub const SIGNAL: usize = 4;
-    /// The scratch mapping, unmapped when nobody listened.
+    /// The scratch mapping, unmapped when nobody listened; zeros where there is none.
     pub const SCRATCH: usize = 5;
     pub const SCRATCH_LEN: usize = 6;
     /// Stack pointer, frame pointer and instruction pointer of the way home.
@@ -41,7 +41,7 @@ pub mod entry {
 // rbx: the table. The tracer sets it, and the stop at the end is the signal
 // that tgkill sends to the thread itself. A signal that would be ignored still
 // stops a traced thread; where the tracer has died it is ignored indeed, and
-// the code unmaps itself and goes home by a prepared rt_sigreturn frame.
+// the code unmaps itself, if it has a mapping of its own, and goes home by a prepared rt_sigreturn frame.
 global_asm!(
     ".pushsection .rodata.pmig_runner, \"a\"",
     ".global pmig_runner_start",

@@ -2,17 +2,16 @@
 //! registers that it gets back.
 
 use std::ops::Range;
-use std::rc::Rc;
 
 use super::batch::Head;
 use super::ground::Ground;
 use super::home::{frame, frame_len};
 use super::outside::{quiet_among, quiet_signal, unused_stack};
-use super::scratch::Spare;
 use super::stopped::PAGE;
 use super::{Batch, Done, RemoteAddr, Stopped};
-use crate::error::{Context, Error, Result};
-use crate::sys::{ptrace, runner};
+use crate::error::{Context, Result};
+use crate::sys::ptrace::{self, Regs};
+use crate::sys::runner;
 
 /// In the arguments of [`Stopped::prime`]: the address of its data.
 pub const DATA: u64 = 0xda7a_da7a_da7a_da7a;
@@ -38,24 +37,16 @@ pub(super) struct Home {
     /// Where the frame begins.
     base: u64,
     /// Where tables may go.
-    room: Range<u64>,
+    pub(super) room: Range<u64>,
 }
 
 impl Stopped {
-    /// What a live program has anyhow and does not use, if a table of `len` bytes
-    /// fits there.
-    pub(super) fn borrowed_room(&self, len: u64) -> Option<(Rc<Spare>, Range<u64>)> {
-        let home = self.home.as_ref()?;
-        let room = home.room.clone();
-        (room.end - room.start >= len).then_some((home.ground.spare.clone()?, room))
-    }
-
     /// Executes a batch inside the process.
     pub fn run(&mut self, batch: Batch) -> Result<Done> {
         if batch.is_empty() {
             return Ok(Done::of_nothing(batch));
         }
-        self.mask_for_batch()?;
+        self.prepare()?;
         self.room_for(batch.len())?;
         let scratch = self.scratch.expect("made just now");
         let (home_sp, home_bp, home_ip) = self
@@ -92,7 +83,7 @@ impl Stopped {
     /// Makes a call that will wait, and leaves it waiting with its restart
     /// block in place. `data` is put where the arguments say [`DATA`].
     pub fn prime(&mut self, number: i64, args: [u64; 6], data: &[u8]) -> Result<Primed> {
-        self.mask_for_batch()?;
+        self.prepare()?;
         self.room_for(data.len())?;
         let scratch = self.scratch.expect("made just now");
         self.write(RemoteAddr(scratch.table), data)?;
@@ -124,8 +115,8 @@ impl Stopped {
         })
     }
 
-    /// Takes our memory out of the process and gives it its own registers and
-    /// mask; it stays stopped.
+    /// Gives the process its own mask, registers and memory; it stays stopped.
+    /// Only what a [`Ground`] has lent stays with that.
     pub fn settle(&mut self) -> Result<()> {
         if let Some((start, len)) = self.scratch() {
             let at = self.syscall_instruction()?;
@@ -138,18 +129,24 @@ impl Stopped {
             self.leave_call()?;
         }
         self.scratch = None;
-        if self.displaced {
-            ptrace::set_regs(self.pid, &self.regs).context("set the registers of", self.pid)?;
-            self.displaced = false;
-        }
+        // In this order: with other registers it goes home, which brings the mask back.
         if self.masked {
             ptrace::set_sigmask(self.pid, self.mask).context("set the signal mask of", self.pid)?;
             self.masked = false;
         }
-        match self.home.take() {
-            Some(home) => self.clear(&home),
-            None => Ok(()),
+        if self.displaced {
+            ptrace::set_regs(self.pid, &self.regs).context("set the registers of", self.pid)?;
+            self.displaced = false;
         }
+        let Some(home) = self.home.take() else {
+            return Ok(());
+        };
+        if let Some(spare) = &home.ground.spare {
+            spare.is_free_again();
+        }
+        // Leaves the stack that was used as it was found: empty.
+        let len = home.room.end - home.base;
+        self.write(RemoteAddr(home.base), &vec![0; len as usize])
     }
 
     /// From the stop that a batch ended in to one of PTRACE_INTERRUPT.
@@ -160,31 +157,29 @@ impl Stopped {
         self.leave_call()
     }
 
-    /// Leaves the stack that was used as it was found: empty.
-    fn clear(&self, home: &Home) -> Result<()> {
-        let len = home.room.end - home.base;
-        self.write(RemoteAddr(home.base), &vec![0; len as usize])
-    }
-
-    /// Blocks all signals but the one that ends batches.
-    fn mask_for_batch(&mut self) -> Result<()> {
-        if self.masked {
-            return Ok(());
+    /// Gives it other registers, and blocks all signals but the one that ends
+    /// batches: in this order, for only with other registers it has a way home, to its
+    /// own mask.
+    pub(super) fn displace(&mut self, regs: &Regs) -> Result<()> {
+        ptrace::set_regs(self.pid, regs).context("set the registers of", self.pid)?;
+        self.displaced = true;
+        if !self.masked {
+            let open = self.end.map_or(0, |s| 1u64 << (s - 1));
+            ptrace::set_sigmask(self.pid, !open).context("set the signal mask of", self.pid)?;
+            self.masked = true;
         }
-        if self.live {
-            self.end = match self.busy {
-                Some(busy) => quiet_among(busy),
-                None => quiet_signal(self.pid)?,
-            };
-            self.prepare_home()?;
-        }
-        let open = self.end.map_or(0, |s| 1u64 << (s - 1));
-        ptrace::set_sigmask(self.pid, !open).context("set the signal mask of", self.pid)?;
-        self.masked = true;
         Ok(())
     }
 
-    fn prepare_home(&mut self) -> Result<()> {
+    /// Makes a live program's way home.
+    fn prepare(&mut self) -> Result<()> {
+        if !self.live || self.home.is_some() {
+            return Ok(());
+        }
+        self.end = match self.busy {
+            Some(busy) => quiet_among(busy),
+            None => quiet_signal(self.pid)?,
+        };
         let ground = match self.ground.take() {
             Some(g) if g.holds(&self.mem) => g,
             _ => Ground::survey(self.pid)?,
@@ -194,16 +189,7 @@ impl Stopped {
             None => self.xstate()?,
         };
         self.seen.take();
-        if ground
-            .spare
-            .as_ref()
-            .is_some_and(|s| s.contains(self.regs.rip))
-        {
-            return Err(Error::bad(
-                format!("process {}", self.pid),
-                "it still makes calls for a pmig that was killed; try again",
-            ));
-        }
+        ground.is_left_by(self.pid, &self.regs)?;
         let frame_len = (frame_len(xstate.len()) as u64).next_multiple_of(PAGE);
         let len = frame_len + ROOM;
         let of = (self.pid, &self.mem);

@@ -2,6 +2,7 @@
 //! space, found from outside while the program runs.
 
 use std::fs::File;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::rc::Rc;
 
@@ -10,6 +11,7 @@ use super::outside::{open_mem, raise_stack_limit};
 use super::scratch::Spare;
 use crate::error::{Error, Result};
 use crate::proc;
+use crate::sys::ptrace::Regs;
 
 /// The most of one text mapping that is searched.
 const SEARCH: usize = 4 << 20;
@@ -26,6 +28,8 @@ pub struct Ground {
     proof: [(u64, [u8; 2]); 2],
     /// Room for the runner.
     pub(super) spare: Option<Rc<Spare>>,
+    /// Where that is, or was for another pmig.
+    tail: Range<u64>,
 }
 
 /// One line of /proc/PID/maps, as far as it matters here.
@@ -78,6 +82,7 @@ impl Ground {
         let code = read(vdso);
         let gadget = find_gadget(&code)
             .ok_or_else(|| Error::bad("vdso", "no system call instruction leads to a return"))?;
+        let tail = Spare::range(vdso.end);
         let spare = Spare::find(vdso.end, &code, &mem).map(Rc::new);
         let mut back: Option<Return> = None;
         for line in maps.iter().filter(|l| l.exec && l.name != "[vsyscall]") {
@@ -109,7 +114,23 @@ impl Ground {
             back,
             proof,
             spare,
+            tail,
         })
+    }
+
+    /// Makes sure that it does not stand in code of ours, which a pmig that was killed
+    /// a moment ago had it execute.
+    ///
+    /// # Errors
+    /// [`Error::Bad`] where it does.
+    pub(super) fn is_left_by(&self, pid: i32, regs: &Regs) -> Result<()> {
+        if self.tail.contains(&regs.rip) {
+            return Err(Error::bad(
+                format!("process {pid}"),
+                "it still makes calls for a pmig that was killed; try again",
+            ));
+        }
+        Ok(())
     }
 
     /// Whether the address space still is the one surveyed.

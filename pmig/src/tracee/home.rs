@@ -2,8 +2,8 @@
 //! itself when pmig dies in the middle of one.
 //!
 //! Whatever the program executes for us ends in an rt_sigreturn(2) to a frame
-//! with its own context. The frame lies where the program has never been: in
-//! pages below all it ever used of its stack. A system call instruction of the
+//! with its own context. The frame lies where the program has nothing: at the low
+//! end of its stack, or below. A system call instruction of the
 //! vdso makes the call; what follows it there pops a few registers and
 //! returns, and the address it returns to is a sequence in the program's own
 //! text that makes the rt_sigreturn.

@@ -107,7 +107,7 @@ pub(super) fn unused_stack(
     let stack =
         found.ok_or_else(|| Error::bad(format!("process {pid}"), "it has no stack of its own"))?;
     let low = stack.start + len;
-    if low < stack.end && !(stack.start..low + PAGE).contains(&sp) {
+    if (low + PAGE..stack.end).contains(&sp) {
         let mut there = vec![0; len as usize];
         let read = mem.read_exact_at(&mut there, stack.start);
         if read.is_ok() && there.iter().all(|b| *b == 0) {
@@ -119,7 +119,14 @@ pub(super) fn unused_stack(
     } else {
         stack.start
     };
-    Ok((floor & !(PAGE - 1)).saturating_sub(len))
+    let base = (floor & !(PAGE - 1)).saturating_sub(len);
+    if Lines::of(pid)?.touch(&(base..(base + len).min(stack.start))) {
+        return Err(Error::bad(
+            format!("process {pid}"),
+            "something is mapped right below its stack, which has no room for calls of ours",
+        ));
+    }
+    Ok(base)
 }
 
 /// Writing below a stack makes it grow, within the limit of who writes.

@@ -7,7 +7,7 @@ use std::os::unix::fs::FileExt;
 
 use super::stopped::PAGE;
 use super::{RemoteAddr, Stopped};
-use crate::error::{Context, Error, Result};
+use crate::error::{Error, Result};
 use crate::sys::{ptrace, runner};
 
 /// Where the runner is, and where its table goes.
@@ -31,6 +31,8 @@ pub(super) struct Spare {
     at: u64,
     mem: File,
     lent: Cell<bool>,
+    /// The process may have registers that lead there.
+    used: Cell<bool>,
 }
 
 impl Spare {
@@ -43,35 +45,52 @@ impl Spare {
         let rest = last.strip_prefix(code).unwrap_or(last);
         (code.len() <= SPARE && rest.iter().all(|b| *b == 0)).then_some(())?;
         Some(Spare {
-            at: end - SPARE as u64,
+            at: Spare::range(end).start,
             mem: mem.try_clone().ok()?,
             lent: Cell::new(false),
+            used: Cell::new(false),
         })
     }
 
-    /// Puts the runner there.
-    fn lend(&self) -> Result<u64> {
-        if !self.lent.replace(true) {
-            ptrace::step();
-            let done = self.mem.write_all_at(runner::code(), self.at);
-            done.context("write into the vdso", format_args!("at {:#x}", self.at))?;
-        }
-        Ok(self.at)
+    /// Where it is in a vdso that ends there.
+    pub fn range(end: u64) -> Range<u64> {
+        end - SPARE as u64..end
     }
 
-    pub fn contains(&self, address: u64) -> bool {
-        (self.at..self.at + SPARE as u64).contains(&address)
+    /// Puts the runner there, if it is not there yet; `mem` is the memory of the
+    /// process as it is now. `None`: this kernel or this process does not allow it.
+    fn lend(&self, mem: &File) -> Option<u64> {
+        if !self.has_the_runner(mem) {
+            ptrace::step();
+            let _ = mem.write_all_at(runner::code(), self.at);
+            if !self.has_the_runner(mem) {
+                return None;
+            }
+        }
+        self.lent.set(true);
+        self.used.set(true);
+        Some(self.at)
+    }
+
+    fn has_the_runner(&self, mem: &File) -> bool {
+        let code = runner::code();
+        let mut there = vec![0; code.len()];
+        mem.read_exact_at(&mut there, self.at).is_ok() && there == code
+    }
+
+    /// The process has its own registers.
+    pub fn is_free_again(&self) {
+        self.used.set(false);
     }
 }
 
 impl Drop for Spare {
     fn drop(&mut self) {
-        let code = runner::code();
-        let mut there = vec![0; code.len()];
-        // The program may have moved the vdso away, and have something else there.
-        if self.lent.get() && self.mem.read_exact_at(&mut there, self.at).is_ok() && there == code {
+        // One that may still be in it needs it. And the program may have moved the vdso
+        // away, and have something else there.
+        if self.lent.get() && !self.used.get() && self.has_the_runner(&self.mem) {
             ptrace::step();
-            let _ = self.mem.write_all_at(&vec![0; code.len()], self.at);
+            let _ = self.mem.write_all_at(&[0; SPARE], self.at);
         }
     }
 }
@@ -83,17 +102,28 @@ impl Stopped {
         if self.scratch.is_some_and(|s| s.room >= len) {
             return Ok(());
         }
-        if let (None, Some((spare, table))) = (&self.scratch, self.borrowed_room(len)) {
-            self.scratch = Some(Scratch {
-                code: spare.lend()?,
-                table: table.start,
-                room: table.end - table.start,
-                mapped: None,
-            });
+        if self.scratch.is_none() {
+            self.scratch = self.borrowed_room(len);
+        }
+        if self.scratch.is_some_and(|s| s.room >= len) {
             return Ok(());
         }
         let want = (PAGE + len).next_multiple_of(PAGE);
         self.relocate_scratch(0, want.max(4 * PAGE))
+    }
+
+    /// What a live program has anyhow and does not use, if a table of `len` bytes
+    /// fits there.
+    fn borrowed_room(&self, len: u64) -> Option<Scratch> {
+        let home = self.home.as_ref()?;
+        let spare = home.ground.spare.as_ref()?;
+        let room = home.room.end - home.room.start;
+        Some(Scratch {
+            code: (room >= len).then(|| spare.lend(self.mem()))??,
+            table: home.room.start,
+            room,
+            mapped: None,
+        })
     }
 
     /// Moves our memory to `at` (0: anywhere), with room for `len` bytes.

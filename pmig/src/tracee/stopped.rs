@@ -56,6 +56,8 @@ pub struct Stopped {
     /// Signals that came in between, sent again at the end.
     pub(super) held: Vec<i32>,
     pub(super) over: bool,
+    /// How long it may take to stop, or to execute a batch.
+    pub(super) patience: Duration,
     pub(super) _thread: PhantomData<*const ()>,
 }
 
@@ -103,6 +105,7 @@ impl Stopped {
             end: None,
             held: Vec::new(),
             over: false,
+            patience: PATIENCE,
             _thread: PhantomData,
         };
         ptrace::interrupt(pid).context("stop process", pid)?;
@@ -140,14 +143,19 @@ impl Stopped {
             end: Some(libc::SIGURG),
             held: Vec::new(),
             over: false,
+            patience: PATIENCE,
             _thread: PhantomData,
         })
     }
 
     /// Spares the search for the way home, when one was made before the stop.
-    pub fn on(mut self, ground: Ground) -> Stopped {
+    ///
+    /// # Errors
+    /// [`Error::Bad`] where it still makes calls for a pmig that was killed.
+    pub fn on(mut self, ground: Ground) -> Result<Stopped> {
+        ground.is_left_by(self.pid, &self.regs)?;
         self.ground = Some(ground);
-        self
+        Ok(self)
     }
 
     /// Spares the question which signals mean something to the program, when it was
@@ -263,6 +271,8 @@ impl Stopped {
     /// Lets the process go on.
     pub fn detach(mut self) -> Result<()> {
         let settled = self.settle();
+        // The last one gives back what was lent: while we still may.
+        self.ground = None;
         self.over = true;
         let r = ptrace::detach(self.pid, 0).context("let go of process", self.pid);
         for signal in self.held.drain(..) {
@@ -282,12 +292,6 @@ impl Stopped {
             rbp: self.home.as_ref().map_or(self.regs.rbp, |h| h.bp),
             ..self.regs
         }
-    }
-
-    pub(super) fn displace(&mut self, regs: &Regs) -> Result<()> {
-        ptrace::set_regs(self.pid, regs).context("set the registers of", self.pid)?;
-        self.displaced = true;
-        Ok(())
     }
 
     /// Looks ahead of time for where the last call will be made from. The vdso
@@ -411,7 +415,7 @@ impl Stopped {
         wanted: impl Fn(&Change) -> bool,
         go_on: fn(i32, i32) -> std::io::Result<()>,
     ) -> Result<()> {
-        let until = Instant::now() + PATIENCE;
+        let until = Instant::now() + self.patience;
         loop {
             let left = until.saturating_duration_since(Instant::now());
             let change = ptrace::wait(self.pid, left).context("wait for process", self.pid)?;
@@ -419,7 +423,7 @@ impl Stopped {
                 None => {
                     return Err(Error::Deadline {
                         what: format!("a system call inside process {}", self.pid),
-                        after: PATIENCE,
+                        after: self.patience,
                     })
                 }
                 Some(Change::Gone) => {
@@ -447,14 +451,14 @@ impl Stopped {
     /// Waits for the stop that PTRACE_INTERRUPT asked for; signals that come
     /// first are delivered to a live program.
     fn await_stop(&mut self) -> Result<()> {
-        let until = Instant::now() + PATIENCE;
+        let until = Instant::now() + self.patience;
         loop {
             let left = until.saturating_duration_since(Instant::now());
             match ptrace::wait(self.pid, left).context("wait for process", self.pid)? {
                 None => {
                     return Err(Error::Deadline {
                         what: format!("stopping process {}", self.pid),
-                        after: PATIENCE,
+                        after: self.patience,
                     })
                 }
                 Some(Change::Gone) => {

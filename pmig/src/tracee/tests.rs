@@ -1,12 +1,17 @@
 use std::io::{BufRead, BufReader};
 use std::os::unix::fs::FileExt;
+use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use super::outside::unused_stack;
+use super::scratch::Spare;
 use super::*;
+use crate::error::Error;
 use crate::proc::smaps::Lines;
-use crate::sys::ptrace;
+use crate::sys::ptrace::{self, Regs};
+use crate::sys::runner;
 
 /// A shell that counts as fast as it can, in user code and system calls alike,
 /// and ends with the sum.
@@ -44,9 +49,11 @@ fn stop_and_check(mut child: Child, mut out: BufReader<std::process::ChildStdout
     assert!(child.wait().unwrap().success());
 }
 
-fn excursion(pid: i32) {
+/// With a table of that many bytes, at least.
+fn excursion(pid: i32, len: usize) {
     let mut s = Stopped::seize(pid).unwrap();
     let mut b = Batch::new();
+    b.space(len);
     let me = b.call("getpid", libc::SYS_getpid, &[]);
     let name = b.space(16);
     b.call(
@@ -80,7 +87,7 @@ fn excursions_leave_no_trace_in_a_live_program() {
     let unused = |stack: &[u8]| stack.iter().take_while(|b| **b == 0).count();
     let (before, vdso, stack) = (maps(), read("[vdso]"), unused(&read("[stack]")));
     for _ in 0..50 {
-        excursion(pid);
+        excursion(pid, 0);
         std::thread::sleep(Duration::from_millis(1));
     }
     let line = |maps: &str, name| maps.lines().find(|l| l.ends_with(name)).map(String::from);
@@ -138,9 +145,24 @@ fn tracer_to_be_killed() {
     let Ok(plan) = std::env::var("PMIG_TEST_TRACER") else {
         return;
     };
-    let (pid, after) = plan.split_once(' ').unwrap();
-    ptrace::DIE_AFTER.store(after.parse().unwrap(), Ordering::Relaxed);
-    excursion(pid.parse().unwrap());
+    let plan: Vec<i32> = plan.split(' ').map(|n| n.parse().unwrap()).collect();
+    ptrace::DIE_AFTER.store(plan[1].into(), Ordering::Relaxed);
+    excursion(plan[0], plan[2] as usize);
+}
+
+/// Memory that is lent is enough, or it takes a mapping.
+const TABLES: [usize; 2] = [0, 64 << 10];
+
+/// Waits until a program is on its own again, and has the mask that it had.
+fn is_home(pid: i32) -> bool {
+    let blocks = || {
+        let text = crate::proc::text(pid, "status").unwrap();
+        text.contains("SigBlk:\t0000000000000000") && text.contains("TracerPid:\t0\n")
+    };
+    (0..500).any(|_| {
+        std::thread::sleep(Duration::from_millis(2));
+        blocks()
+    })
 }
 
 #[test]
@@ -148,23 +170,107 @@ fn a_program_heals_itself_wherever_the_tracer_dies() {
     let mut child = counting();
     let out = first_line(&mut child);
     let pid = child.id();
-    let mut killed = 0;
-    for after in 0.. {
-        let status = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "tracee::tests::tracer_to_be_killed"])
-            .env("PMIG_TEST_TRACER", format!("{pid} {after}"))
-            .stdout(Stdio::null())
-            .status()
-            .unwrap();
-        if status.success() {
-            break;
+    for (len, least) in TABLES.into_iter().zip([15, 20]) {
+        let mut killed = 0;
+        for after in 0.. {
+            let status = Command::new(std::env::current_exe().unwrap())
+                .args(["--exact", "tracee::tests::tracer_to_be_killed"])
+                .env("PMIG_TEST_TRACER", format!("{pid} {after} {len}"))
+                .stdout(Stdio::null())
+                .status()
+                .unwrap();
+            if status.success() {
+                break;
+            }
+            assert_eq!(status.signal(), Some(libc::SIGKILL), "step {after}");
+            killed += 1;
+            assert!(
+                child.try_wait().unwrap().is_none(),
+                "died with step {after}"
+            );
+            assert!(is_home(pid as i32), "it has another mask by step {after}");
         }
-        killed += 1;
         assert!(
-            child.try_wait().unwrap().is_none(),
-            "died with request {after}"
+            killed > least,
+            "an excursion takes more than {killed} steps"
         );
     }
-    assert!(killed > 15, "an excursion takes more than {killed} steps");
     stop_and_check(child, out);
+}
+
+#[test]
+fn a_program_that_is_given_up_in_a_call_of_ours_goes_home_from_it() {
+    let mut child = counting();
+    let out = first_line(&mut child);
+    let pid = child.id() as i32;
+    // What it is traced by is this thread.
+    std::thread::spawn(move || {
+        let mut s = Stopped::seize(pid).unwrap();
+        s.patience = Duration::from_millis(100);
+        let mut b = Batch::new();
+        let second = b.data(&[1u64, 0].map(u64::to_le_bytes).concat());
+        b.call("sleep", libc::SYS_nanosleep, &[second.into(), 0u64.into()]);
+        let e = s.run(b).unwrap_err();
+        assert!(matches!(e, Error::Deadline { .. }), "{e}");
+    })
+    .join()
+    .unwrap();
+    assert!(is_home(pid));
+    std::thread::sleep(Duration::from_millis(1200));
+    assert!(child.try_wait().unwrap().is_none(), "it died of it");
+    assert!(is_home(pid));
+    // Of a killed one it is no different.
+    excursion(pid, 0);
+    stop_and_check(child, out);
+}
+
+#[test]
+fn a_program_that_still_is_in_code_of_ours_is_left_alone() {
+    let mut child = counting();
+    let out = first_line(&mut child);
+    let ground = Ground::survey(child.id() as i32).unwrap();
+    let end = Lines::of(child.id() as i32)
+        .unwrap()
+        .find(b"[vdso]")
+        .unwrap()
+        .end;
+    let at = |rip| Regs {
+        rip,
+        ..Regs::default()
+    };
+    assert!(ground.is_left_by(1, &at(end - 512)).is_ok());
+    let e = ground.is_left_by(1, &at(end - 200)).unwrap_err();
+    assert!(e.to_string().contains("killed"), "{e}");
+    stop_and_check(child, out);
+}
+
+#[test]
+fn what_is_not_free_behind_the_vdso_is_not_lent() {
+    let mem = std::fs::File::open("/proc/self/mem").unwrap();
+    let mut vdso = vec![0; 8192];
+    assert!(Spare::find(8192, &vdso, &mem).is_some());
+    // Another pmig was killed there.
+    vdso[8192 - 256..][..runner::code().len()].copy_from_slice(runner::code());
+    assert!(Spare::find(8192, &vdso, &mem).is_some());
+    vdso[8191] = 1;
+    assert!(Spare::find(8192, &vdso, &mem).is_none());
+    vdso[8191] = 0;
+    vdso[8192 - 256] ^= 1;
+    assert!(Spare::find(8192, &vdso, &mem).is_none());
+}
+
+#[test]
+fn a_stack_lends_only_what_is_empty_below_the_program() {
+    let own = std::process::id() as i32;
+    let mem = open_mem(own).unwrap();
+    let room = vec![0u8; 64 << 10];
+    let start = (room.as_ptr() as u64).next_multiple_of(4096);
+    let stack = start..start + (32 << 10);
+    let find = |sp| unused_stack((own, &mem), sp, 8192, Some(stack.clone()));
+    assert_eq!(find(stack.end - 64).unwrap(), stack.start);
+    // It is down there, or on another stack; and below something is mapped.
+    assert!(find(stack.start + 8192).is_err());
+    assert!(find(stack.end + 4096).is_err());
+    mem.write_all_at(&[1], stack.start + 8191).unwrap();
+    assert!(find(stack.end - 64).is_err());
 }

@@ -65,7 +65,10 @@ impl Subject {
     pub fn follow(&self, how: Tracking) -> Outcome<(Tracker, Duration)> {
         let ground = pmig::tracee::Ground::survey(self.pid()).map_err(text)?;
         let begun = Instant::now();
-        let mut stopped = Stopped::seize(self.pid()).map_err(text)?.on(ground);
+        let mut stopped = Stopped::seize(self.pid())
+            .map_err(text)?
+            .on(ground)
+            .map_err(text)?;
         let tracker = Tracker::attach(&mut stopped, &[how]).map_err(text)?;
         stopped.detach().map_err(text)?;
         Ok((tracker, begun.elapsed()))

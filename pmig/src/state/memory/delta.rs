@@ -50,9 +50,10 @@ impl Delta {
             let now = from..from + LEN;
             let changes = match self.slots.get(&page) {
                 Some(&slot) => changes(&self.bytes[slot * LEN..][..LEN], &buf[now.clone()]),
-                None => Some(vec![0..LEN]),
+                None => None,
             };
-            let changes = changes.unwrap_or_else(|| vec![0..LEN]);
+            let whole = || std::iter::once(0..LEN).collect();
+            let changes: Vec<Range<usize>> = changes.unwrap_or_else(whole);
             if !last && !changes.is_empty() {
                 self.remember(page, &buf[now.clone()]);
             }
@@ -167,7 +168,8 @@ mod tests {
     fn of_a_page_that_is_known_only_what_differs_travels() {
         let mut delta = Delta::default();
         let mut page = vec![3u8; LEN];
-        let all = || vec![PAGE..2 * PAGE];
+        let whole = PAGE..2 * PAGE;
+        let all = || std::iter::once(whole.clone()).collect::<Vec<_>>();
         assert_eq!(delta.reduce(all(), &mut page.clone(), false), (all(), LEN));
         page[100] = 4;
         page[4000] = 5;

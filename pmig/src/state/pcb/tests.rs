@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use super::*;
 use crate::proc::sched::InCall;
 use crate::state::restart::Timed;
-use crate::tracee::Ground;
+use crate::tracee::{Ground, RemoteAddr};
 
 /// A python program; killed, with its children, when the test ends.
 struct Program {
@@ -63,7 +63,7 @@ impl Program {
             .ground
             .get_or_insert_with(|| Ground::survey(pid).unwrap())
             .clone();
-        stop(pid, watch).on(ground)
+        stop(pid, watch).on(ground).unwrap()
     }
 }
 
@@ -479,6 +479,30 @@ fn a_restarted_sleep_is_known_by_its_timer() {
 fn a_sleep_that_tells_what_is_left_goes_on_to_its_end() {
     through_stops("35, A(span), A(span)", (0, 0));
     through_stops("230, 1, 0, A(span), 0", (0, 0));
+}
+
+#[test]
+fn to_prime_a_sleep_leaves_memory_as_it_was() {
+    let mut p = sleeper("35, A(span), A(span)");
+    let mut watch = Watch::new();
+    let mut s = p.stop(&mut watch);
+    let regs = s.regs();
+    let restart = Restart::capture(&s, &watch).unwrap();
+    let Restart::Timed(timed) = restart else {
+        panic!("{restart:?} is no sleep");
+    };
+    let left = |s: &Stopped| {
+        let mut left = [0; 16];
+        s.read(RemoteAddr(timed.args[1]), &mut left).unwrap();
+        left
+    };
+    let before = left(&s);
+    std::thread::sleep(Duration::from_millis(20));
+    restart
+        .restore(&mut s, &regs, ProgramClock::default())
+        .unwrap();
+    assert_eq!(left(&s), before);
+    s.detach().unwrap();
 }
 
 #[test]
