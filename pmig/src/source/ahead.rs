@@ -8,7 +8,7 @@ use crate::protocol::message::ToTarget;
 use crate::state::clock::{self, Clock};
 use crate::state::fd::FdTable;
 use crate::state::memory::Layout;
-use crate::state::pcb::{Backend, CaptureContext, Moving, Pcb};
+use crate::state::pcb::{Backend, CaptureContext, Foreseen, Moving, Pcb};
 use crate::state::restart::{ProgramClock, Watch};
 use crate::tracee::Stopped;
 use crate::transport::Addr;
@@ -24,6 +24,8 @@ pub(super) struct Ahead {
     told: Option<Final>,
     /// It was told at the freeze what it most likely will be told.
     likely: bool,
+    /// What files told right before the stop.
+    pub foreseen: Option<Foreseen>,
 }
 
 impl Run<'_> {
@@ -35,6 +37,7 @@ impl Run<'_> {
             clock,
             files: &self.entries,
             questions: &self.questions,
+            foreseen: None,
         };
         match self.backend.capture(stopped, &context, &mut |_| Ok(())) {
             Ok(pcb) => self.ahead.known = Some(pcb),
@@ -93,6 +96,7 @@ impl Run<'_> {
             clock,
             files: &self.entries,
             questions: &self.questions,
+            foreseen: self.ahead.foreseen.as_ref(),
         };
         let (wire, told) = (&mut self.wire, &mut self.ahead.likely);
         let mut early = |moving: Moving| match likely && !moving.has_signals() {

@@ -435,14 +435,16 @@ impl<'a> Run<'a> {
         self.holder.as_mut().map_or(Ok(()), Holder::hold)?;
         self.send_meanwhile(b)?;
         self.wire.set_deadline(patience(FROZEN_PATIENCE))?;
+        self.ahead.foreseen = self.backend.foresee(&self.entries)?;
         b.keeper.stopped()?;
         let mem = open_mem(self.pid)?;
         b.restart.before(self.pid);
-        self.lap = Instant::now();
-        self.laps = Laps::new();
         let before = self.wire.sent;
-        self.stopped_at = Some(Reading::now());
-        let mut stopped = Stopped::seize_with(self.pid, mem)?;
+        let mut stopped = Stopped::seize_with(self.pid, mem, || {
+            self.lap = Instant::now();
+            self.laps = Laps::new();
+            self.stopped_at = Some(Reading::now());
+        })?;
         if let Some(ground) = b.ground.take() {
             stopped = stopped.on(ground)?;
         }
@@ -503,7 +505,10 @@ impl<'a> Run<'a> {
         // meanwhile.
         self.files.check_unchanged()?;
         self.descriptors.look_again(&descriptors)?;
-        let obstacles = pcb::look_again(self.pid)?;
+        let mut obstacles = pcb::look_again(self.pid)?;
+        if let Some(foreseen) = &self.ahead.foreseen {
+            obstacles.extend(foreseen.confirm(&self.entries)?);
+        }
         if !obstacles.is_empty() {
             return Err(Error::Refused(obstacles));
         }

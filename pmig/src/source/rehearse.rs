@@ -50,6 +50,7 @@ impl Run<'_> {
             clock,
             files: &Kept::of(pid),
             questions: &self.questions,
+            foreseen: None,
         };
         let pcb = self
             .backend

@@ -119,6 +119,24 @@ fn get(batch: &mut Batch, what: &'static str, option: i32) -> Call {
     )
 }
 
+/// What files tell of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Told {
+    pub oom_score_adj: i32,
+    pub coredump_filter: u32,
+}
+
+impl Told {
+    /// # Errors
+    /// [`Error::Gone`], [`Error::Bad`].
+    pub fn by(files: &Kept) -> Result<Told> {
+        Ok(Told {
+            oom_score_adj: number_in(files, "oom_score_adj", 10)? as i32,
+            coredump_filter: number_in(files, "coredump_filter", 16)? as u32,
+        })
+    }
+}
+
 impl Attributes {
     pub fn ask(batch: &mut Batch) -> Asked {
         let personality = batch.call(
@@ -188,21 +206,16 @@ impl Attributes {
         }
     }
 
-    /// # Errors
-    /// [`Error::Gone`], [`Error::Bad`].
-    pub fn capture(
-        files: &Kept,
-        status: &Status,
-        asked: &Asked,
-        done: &Done,
-    ) -> Result<Attributes> {
+    pub fn capture(told: Told, status: &Status, asked: &Asked, done: &Done) -> Attributes {
         // What a kernel does not know has its default there.
         let or = |call: Call, default: u32| match done.result(call) {
             r if r < 0 => default,
             r => r as u32,
         };
         let comm = done.bytes(asked.comm).split(|b| *b == 0).next();
-        let mut all = Attributes {
+        Attributes {
+            oom_score_adj: told.oom_score_adj,
+            coredump_filter: told.coredump_filter,
             comm: comm.unwrap_or_default().to_vec(),
             personality: done.result(asked.personality) as u32,
             umask: status.umask.unwrap_or(0o022),
@@ -226,17 +239,7 @@ impl Attributes {
             }),
             xstate_permission: super::words::u64_at(done.bytes(asked.permission), 0)
                 & (1 << XTILE_DATA),
-            ..Attributes::default()
-        };
-        all.add_files(files)?;
-        Ok(all)
-    }
-
-    /// What files tell.
-    fn add_files(&mut self, files: &Kept) -> Result<()> {
-        self.oom_score_adj = number_in(files, "oom_score_adj", 10)? as i32;
-        self.coredump_filter = number_in(files, "coredump_filter", 16)? as u32;
-        Ok(())
+        }
     }
 
     /// What was found to be set and cannot be carried.
@@ -486,9 +489,13 @@ mod tests {
 
     #[test]
     fn files_tell_of_this_process() {
-        let mut a = Attributes::default();
-        a.add_files(&Kept::of(std::process::id() as i32)).unwrap();
-        assert!(a.coredump_filter != 0);
+        let told = Told::by(&Kept::of(std::process::id() as i32)).unwrap();
+        assert!(told.coredump_filter != 0);
+        let a = Attributes {
+            oom_score_adj: told.oom_score_adj,
+            coredump_filter: told.coredump_filter,
+            ..Attributes::default()
+        };
         a.check().unwrap();
         a.restore_outside(std::process::id() as i32, None).unwrap();
     }

@@ -37,15 +37,12 @@ impl Bounds {
         batch.call("read the program break", libc::SYS_brk, &[0u64.into()])
     }
 
-    /// Of a program that has executed no other one since `files` were first read.
-    ///
-    /// # Errors
-    /// [`Error::Gone`], [`Error::Bad`].
-    pub fn capture(files: &Kept, brk: Call, done: &Done) -> Result<Bounds> {
-        Ok(Bounds {
+    /// `self` is what files tell.
+    pub fn capture(&self, brk: Call, done: &Done) -> Bounds {
+        Bounds {
             brk: done.result(brk) as u64,
-            ..Bounds::from_files(files)?
-        })
+            ..self.clone()
+        }
     }
 
     /// All but the program break, which no file tells.
@@ -56,7 +53,12 @@ impl Bounds {
         Bounds::from_files(&Kept::of(pid))
     }
 
-    fn from_files(files: &Kept) -> Result<Bounds> {
+    /// The same, of a program that has executed no other one since `files` were first
+    /// read.
+    ///
+    /// # Errors
+    /// [`Error::Gone`], [`Error::Bad`].
+    pub fn from_files(files: &Kept) -> Result<Bounds> {
         let stat = Stat::again(files)?;
         let auxv = files.read("auxv")?;
         let [start_code, end_code, start_stack] = stat.fields(26)?;

@@ -70,14 +70,15 @@ impl Stopped {
     /// [`Error::Gone`] when it died, [`Error::Bad`] when it is stopped by job
     /// control.
     pub fn seize(pid: i32) -> Result<Stopped> {
-        Stopped::seize_with(pid, open_mem(pid)?)
+        Stopped::seize_with(pid, open_mem(pid)?, || {})
     }
 
-    /// The same, where [`open_mem`] was called before anybody waits.
+    /// The same, where [`open_mem`] was called before anybody waits. `attached` is
+    /// called when it is traced, and still runs.
     ///
     /// # Errors
     /// Those of [`Stopped::seize`].
-    pub fn seize_with(pid: i32, mem: File) -> Result<Stopped> {
+    pub fn seize_with(pid: i32, mem: File, attached: impl FnOnce()) -> Result<Stopped> {
         ptrace::seize(pid, ptrace::TRACESYSGOOD).map_err(|e| match e.raw_os_error() {
             Some(libc::ESRCH) => Error::Gone(pid),
             _ => Error::Os {
@@ -108,6 +109,7 @@ impl Stopped {
             patience: PATIENCE,
             _thread: PhantomData,
         };
+        attached();
         ptrace::interrupt(pid).context("stop process", pid)?;
         s.await_stop()?;
         s.regs = ptrace::regs(pid).context("read the registers of", pid)?;

@@ -8,7 +8,7 @@ use crate::error::{Context, Error, Obstacle, Result};
 use crate::proc::stat::Stat;
 use crate::proc::status::Status;
 use crate::proc::Kept;
-use crate::state::attributes::Attributes;
+use crate::state::attributes::{Attributes, Told};
 use crate::state::bounds::Bounds;
 use crate::state::credentials::Credentials;
 use crate::state::registers::{Registers, Rseq, UserAreas};
@@ -203,7 +203,7 @@ fn attributes(
         let mut batch = Batch::new();
         let asked = Attributes::ask(&mut batch);
         let done = stopped.run(batch)?;
-        return Attributes::capture(files, status, &asked, &done);
+        return Ok(Attributes::capture(Told::by(files)?, status, &asked, &done));
     }
     let [flags] = Stat::again(files)?.fields(9)?;
     let name = &p.comm.comm;

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 pub use machine::{fits, MachineFacts};
 pub use preflight::{limits_of, look_again, needs, preflight, recheck, Needs};
 
-use super::attributes::{self, Attributes};
+use super::attributes::{self, Attributes, Told};
 use super::bounds::Bounds;
 use super::credentials::{Credentials, Ids};
 use super::limits::{self, Limits};
@@ -22,7 +22,7 @@ use super::registers::{Registers, UserAreas};
 use super::restart::{ProgramClock, Restart, Watch};
 use super::scheduling::Scheduling;
 use super::signals::{self, SigInfo, Signals};
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, Obstacle, Result};
 use crate::proc::status::Status;
 use crate::proc::Kept;
 use crate::sys::kmod::{Kmod, DEVICE};
@@ -65,6 +65,46 @@ pub struct CaptureContext<'a> {
     /// Its files in `/proc`, open perhaps from a capture before.
     pub files: &'a Kept,
     pub questions: &'a Questions,
+    /// Read before it was stopped; to be confirmed when nobody waits for it.
+    pub foreseen: Option<&'a Foreseen>,
+}
+
+/// What files tell of a process that hardly ever changes, and never by itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Foreseen {
+    bounds: Bounds,
+    told: Told,
+}
+
+impl Foreseen {
+    /// # Errors
+    /// [`Error::Gone`], [`Error::Bad`].
+    pub fn by(files: &Kept) -> Result<Foreseen> {
+        Ok(Foreseen {
+            bounds: Bounds::from_files(files)?,
+            told: Told::by(files)?,
+        })
+    }
+
+    /// What is another by now.
+    ///
+    /// # Errors
+    /// As [`Foreseen::by`].
+    pub fn confirm(&self, files: &Kept) -> Result<Vec<Obstacle>> {
+        let now = Foreseen::by(files)?;
+        let changed = |object: &str| {
+            let why = "it was changed in the moment of the move";
+            Obstacle::new(object, why, "try again")
+        };
+        let mut all = Vec::new();
+        if now.bounds != self.bounds {
+            all.push(changed("layout (prctl PR_SET_MM)"));
+        }
+        if now.told != self.told {
+            all.push(changed("oom_score_adj or coredump_filter"));
+        }
+        Ok(all)
+    }
 }
 
 /// What a process is asked that only itself can tell: put together before it stops.
@@ -312,6 +352,17 @@ impl Backend {
         }
     }
 
+    /// What [`Backend::capture`] need not read any more, if it is confirmed later.
+    ///
+    /// # Errors
+    /// [`Error::Gone`], [`Error::Bad`].
+    pub fn foresee(&self, files: &Kept) -> Result<Option<Foreseen>> {
+        match self {
+            Backend::Ptrace => Foreseen::by(files).map(Some),
+            Backend::Kmod(_) => Ok(None),
+        }
+    }
+
     /// Captures a stopped process. What cannot be carried and has appeared
     /// since the preflight is found here, or by [`look_again`]. `early` hears what
     /// changes at every step of a program where the rest takes long to ask.
@@ -525,6 +576,10 @@ fn capture_by_ptrace(
     obstacles.extend(Attributes::obstacles(&asked.attributes, &done));
     let scheduling = Scheduling::capture(pid)?;
     obstacles.extend(scheduling.obstacles());
+    let foreseen = match context.foreseen {
+        Some(foreseen) => foreseen.clone(),
+        None => Foreseen::by(context.files)?,
+    };
     let restart = match restart {
         Err(Error::Refused(more)) => {
             obstacles.extend(more);
@@ -543,8 +598,8 @@ fn capture_by_ptrace(
         credentials: Credentials::capture(&status, asked.securebits, &done),
         limits: Limits::capture(&asked.limits, &done),
         scheduling,
-        attributes: Attributes::capture(context.files, &status, &asked.attributes, &done)?,
-        bounds: Bounds::capture(context.files, asked.brk, &done)?,
+        attributes: Attributes::capture(foreseen.told, &status, &asked.attributes, &done),
+        bounds: foreseen.bounds.capture(asked.brk, &done),
     })
 }
 
