@@ -74,7 +74,7 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// Captures it at the freeze. `stands`: nothing but pages can have changed, so what
+    /// Captures it at the freeze. `only_pages`: nothing else can have changed, so what
     /// the target will have to do is likely known before all of it was asked. With the
     /// module there is little to do, and to hear of it costs more.
     ///
@@ -85,12 +85,12 @@ impl Run<'_> {
         stopped: &mut Stopped,
         watch: &Watch,
         clock: ProgramClock,
-        (stands, there): (bool, Clock),
+        (only_pages, there): (bool, Clock),
     ) -> Result<Pcb> {
         let is_slow = self.accepted.pcb == Backend::Ptrace.name();
         let told = self.ahead.told.as_ref();
         let is_free = told.is_some_and(|told| told.pcb.is_of_root());
-        let likely = is_slow && stands && !self.postponed && is_free;
+        let likely = is_slow && only_pages && !self.postponed && is_free;
         let context = CaptureContext {
             watch,
             clock,

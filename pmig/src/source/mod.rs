@@ -43,7 +43,7 @@ use crate::report::{Event, Facts, Failure, Freeze, Progress, Summary};
 use crate::state::bounds::Bounds;
 use crate::state::clock::{self, Clock, Difference, Reading};
 use crate::state::fd::{Beat, FdTable, Watch as FdWatch};
-use crate::state::memory::{self, Delta, Kernel, Tracker, Tracking, TrackingChoice, PAGE};
+use crate::state::memory::{self, Delta, Found, Kernel, Tracker, Tracking, TrackingChoice, PAGE};
 use crate::state::paths::FilePath;
 use crate::state::pcb::{self, Backend, MachineFacts, PcbChoice, Questions};
 use crate::state::restart::{ProgramClock, Watch as RestartWatch};
@@ -459,14 +459,10 @@ impl<'a> Run<'a> {
             true => None,
             false => Some(self.last_look(b, &stopped)?),
         };
+        let only_pages = early.as_ref().is_none_or(Found::is_of_pages);
         stopped.stack_lies_at(b.tracker.stack());
         self.part("scan");
-        let pcb = self.capture(
-            &mut stopped,
-            &b.restart,
-            clock,
-            (early.is_none(), clock_there),
-        )?;
+        let pcb = self.capture(&mut stopped, &b.restart, clock, (only_pages, clock_there))?;
         self.part("pcb");
         let mut descriptors = self.descriptors.look(Beat::Stopped)?;
         self.descriptors.ask(&mut descriptors, &mut stopped)?;

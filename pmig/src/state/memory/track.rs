@@ -51,6 +51,11 @@ pub struct Found {
 }
 
 impl Found {
+    /// Whether nothing but pages has changed.
+    pub fn is_of_pages(&self) -> bool {
+        self.steps.is_empty() && self.drops.is_empty()
+    }
+
     /// Bytes of content.
     pub fn bytes(&self) -> u64 {
         self.pages.iter().map(|r| r.end - r.start).sum()
