@@ -71,10 +71,15 @@ impl Lines {
         Lines(all)
     }
 
-    /// Whether something is mapped there.
-    pub fn touch(&self, range: &Range<u64>) -> bool {
-        let mut mappings = self.0.split(|b| *b == b'\n').filter_map(header);
-        mappings.any(|m| m.start < range.end && range.start < m.end)
+    /// The highest `len` bytes below an address where nothing is mapped.
+    pub fn hole_below(&self, floor: u64, len: u64) -> u64 {
+        let mut base = floor.saturating_sub(len);
+        for m in self.0.rsplit(|b| *b == b'\n').filter_map(header) {
+            if m.start < base.saturating_add(len) && base < m.end {
+                base = m.start.saturating_sub(len);
+            }
+        }
+        base
     }
 
     /// The last mapping of that name; what only the kernel maps lies last.
@@ -224,6 +229,18 @@ fn number(text: &[u8]) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn holes_are_found_below_what_is_mapped() {
+        let text = b"2000-3000 rw-p 00000000 00:00 0\n\
+            7000-8000 rw-p 00000000 00:00 0\n\
+            8000-a000 rw-p 00000000 00:00 0 [stack]\n";
+        let lines = Lines(text.to_vec());
+        assert_eq!(lines.hole_below(0x8000, 0x2000), 0x5000);
+        assert_eq!(lines.hole_below(0x7000, 0x4000), 0x3000);
+        assert_eq!(lines.hole_below(0x7000, 0x5000), 0);
+        assert_eq!(lines.hole_below(0xf000, 0x1000), 0xe000);
+    }
 
     #[test]
     fn a_mapping_that_grew_while_the_list_was_read_is_noticed() {

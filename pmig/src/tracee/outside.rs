@@ -93,40 +93,37 @@ pub(super) fn quiet_among(busy: u64) -> Option<i32> {
 }
 
 /// `len` bytes of stack that the program does not use: at its low end, where
-/// nothing is, or new ones below. `stack`: where it lies, if that is known.
+/// nothing is, or new ones below. `known`: where it was a moment ago.
 pub(super) fn unused_stack(
     (pid, mem): (i32, &File),
     sp: u64,
     len: u64,
-    stack: Option<Range<u64>>,
+    known: Option<Range<u64>>,
 ) -> Result<u64> {
-    let found = match stack {
-        None => Lines::of(pid)?.find(b"[stack]"),
-        known => known,
-    };
-    let stack =
-        found.ok_or_else(|| Error::bad(format!("process {pid}"), "it has no stack of its own"))?;
-    let low = stack.start + len;
-    if (low + PAGE..stack.end).contains(&sp) {
+    let is_empty = |stack: &Range<u64>| {
         let mut there = vec![0; len as usize];
-        let read = mem.read_exact_at(&mut there, stack.start);
-        if read.is_ok() && there.iter().all(|b| *b == 0) {
-            return Ok(stack.start);
-        }
+        (stack.start + len + PAGE..stack.end).contains(&sp)
+            && mem.read_exact_at(&mut there, stack.start).is_ok()
+            && there.iter().all(|b| *b == 0)
+    };
+    if let Some(stack) = known.filter(is_empty) {
+        return Ok(stack.start);
+    }
+    let lines = Lines::of(pid)?;
+    let stack = lines
+        .find(b"[stack]")
+        .ok_or_else(|| Error::bad(format!("process {pid}"), "it has no stack of its own"))?;
+    if is_empty(&stack) {
+        return Ok(stack.start);
     }
     let floor = if (stack.start.saturating_sub(1 << 20)..stack.start).contains(&sp) {
         sp - 128
     } else {
         stack.start
     };
-    let base = (floor & !(PAGE - 1)).saturating_sub(len);
-    if Lines::of(pid)?.touch(&(base..(base + len).min(stack.start))) {
-        return Err(Error::bad(
-            format!("process {pid}"),
-            "something is mapped right below its stack, which has no room for calls of ours",
-        ));
-    }
-    Ok(base)
+    // What lies right below is stack too, if in another mapping. Below anything else
+    // nothing grows, and to write there is an error.
+    Ok(lines.hole_below(floor & !(PAGE - 1), len))
 }
 
 /// Writing below a stack makes it grow, within the limit of who writes.
