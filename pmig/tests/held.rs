@@ -133,6 +133,12 @@ impl World {
     }
 }
 
+/// Whether nothing is left of a killed process but an entry that its parent may read.
+fn is_dead(pid: nix::unistd::Pid) -> bool {
+    let state = |stat: String| stat.rsplit(") ").next().map(|rest| rest.starts_with('Z'));
+    fs::read_to_string(format!("/proc/{pid}/stat")).map_or(true, |stat| state(stat) == Some(true))
+}
+
 fn eventually(what: &str, is: impl Fn() -> bool) {
     let start = Instant::now();
     while !is() {
@@ -347,13 +353,17 @@ fn a_lost_decision_does_not_keep_the_program_stopped_when_pmig_dies() {
         drop(world.act("target", &there, ""));
         let pmig = world.act("source", &here, "");
         world.lose_run("source");
+        let mut killed = Vec::new();
         if !keeper_lives {
             for keeper in keepers(pmig.pid()) {
                 nix::sys::signal::kill(keeper, nix::sys::signal::Signal::SIGKILL).unwrap();
+                killed.push(keeper);
             }
         }
         drop(pmig);
         if !keeper_lives {
+            // Until then they hold what the next command wants.
+            eventually("dead", || killed.iter().all(|keeper| is_dead(*keeper)));
             world.pmig("source", &["check"]);
         }
         eventually("settled", || world.settled("source"));

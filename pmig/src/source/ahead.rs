@@ -89,7 +89,9 @@ impl Run<'_> {
     ) -> Result<Pcb> {
         let is_slow = self.accepted.pcb == Backend::Ptrace.name();
         let told = self.ahead.told.as_ref();
-        let is_free = told.is_some_and(|told| told.pcb.is_of_root());
+        // With terminals the target waits for the last word.
+        let is_free =
+            told.is_some_and(|told| told.pcb.is_of_root() && told.descriptors.terminals.is_empty());
         let likely = is_slow && only_pages && !self.postponed && is_free;
         let context = CaptureContext {
             watch,

@@ -41,7 +41,8 @@ pub mod entry {
 // rbx: the table. The tracer sets it, and the stop at the end is the signal
 // that tgkill sends to the thread itself. A signal that would be ignored still
 // stops a traced thread; where the tracer has died it is ignored indeed, and
-// the code unmaps itself, if it has a mapping of its own, and goes home by a prepared rt_sigreturn frame.
+// the code unmaps itself, if it has a mapping of its own, and goes home by a
+// prepared rt_sigreturn frame.
 global_asm!(
     ".pushsection .rodata.pmig_runner, \"a\"",
     ".global pmig_runner_start",

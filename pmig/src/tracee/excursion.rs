@@ -145,6 +145,7 @@ impl Stopped {
             spare.is_free_again();
         }
         // Leaves the stack that was used as it was found: empty.
+        home.ground.ours.set(Some(home.base));
         let len = home.room.end - home.base;
         self.write(RemoteAddr(home.base), &vec![0; len as usize])
     }
@@ -193,7 +194,7 @@ impl Stopped {
         let frame_len = (frame_len(xstate.len()) as u64).next_multiple_of(PAGE);
         let len = frame_len + ROOM;
         let of = (self.pid, &self.mem);
-        let base = unused_stack(of, self.regs.rsp, len, self.stack.take())?;
+        let base = unused_stack(of, self.regs.rsp, len, self.stack.take(), ground.ours.get())?;
         let frame = frame(
             base,
             &ground.gadget,

@@ -1,8 +1,8 @@
 //! What an excursion into a live program needs to know about its address
 //! space, found from outside while the program runs.
 
+use std::cell::Cell;
 use std::fs::File;
-use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::rc::Rc;
 
@@ -28,8 +28,8 @@ pub struct Ground {
     proof: [(u64, [u8; 2]); 2],
     /// Room for the runner.
     pub(super) spare: Option<Rc<Spare>>,
-    /// Where that is, or was for another pmig.
-    tail: Range<u64>,
+    /// Where the last excursion had its frame.
+    pub(super) ours: Rc<Cell<Option<u64>>>,
 }
 
 /// One line of /proc/PID/maps, as far as it matters here.
@@ -82,7 +82,6 @@ impl Ground {
         let code = read(vdso);
         let gadget = find_gadget(&code)
             .ok_or_else(|| Error::bad("vdso", "no system call instruction leads to a return"))?;
-        let tail = Spare::range(vdso.end);
         let spare = Spare::find(vdso.end, &code, &mem).map(Rc::new);
         let mut back: Option<Return> = None;
         for line in maps.iter().filter(|l| l.exec && l.name != "[vsyscall]") {
@@ -114,7 +113,7 @@ impl Ground {
             back,
             proof,
             spare,
-            tail,
+            ours: Rc::default(),
         })
     }
 
@@ -124,7 +123,7 @@ impl Ground {
     /// # Errors
     /// [`Error::Bad`] where it does.
     pub(super) fn is_left_by(&self, pid: i32, regs: &Regs) -> Result<()> {
-        if self.tail.contains(&regs.rip) {
+        if self.spare.as_ref().is_some_and(|s| s.contains(regs.rip)) {
             return Err(Error::bad(
                 format!("process {pid}"),
                 "it still makes calls for a pmig that was killed; try again",

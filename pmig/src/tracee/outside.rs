@@ -93,16 +93,24 @@ pub(super) fn quiet_among(busy: u64) -> Option<i32> {
 }
 
 /// `len` bytes of stack that the program does not use: at its low end, where
-/// nothing is, or new ones below. `known`: where it was a moment ago.
+/// nothing is, or new ones below. `known`: where it was a moment ago; `ours`: where we
+/// were before.
 pub(super) fn unused_stack(
     (pid, mem): (i32, &File),
     sp: u64,
     len: u64,
     known: Option<Range<u64>>,
+    ours: Option<u64>,
 ) -> Result<u64> {
     let is_empty = |stack: &Range<u64>| {
+        let low = stack.start + len + PAGE;
+        // A program that is on another stack may have left zeros here that it needs.
+        let is_below = (low..stack.end).contains(&sp)
+            || low < stack.end
+                && !(stack.start..low).contains(&sp)
+                && (ours == Some(stack.start) || is_untouched(pid, stack.start, len));
         let mut there = vec![0; len as usize];
-        (stack.start + len + PAGE..stack.end).contains(&sp)
+        is_below
             && mem.read_exact_at(&mut there, stack.start).is_ok()
             && there.iter().all(|b| *b == 0)
     };
@@ -124,6 +132,14 @@ pub(super) fn unused_stack(
     // What lies right below is stack too, if in another mapping. Below anything else
     // nothing grows, and to write there is an error.
     Ok(lines.hole_below(floor & !(PAGE - 1), len))
+}
+
+/// Whether a process has never used that memory (`/proc/PID/pagemap`, proc(5)).
+fn is_untouched(pid: i32, start: u64, len: u64) -> bool {
+    let mut entries = vec![0; (len / PAGE * 8) as usize];
+    File::open(format!("/proc/{pid}/pagemap"))
+        .and_then(|pagemap| pagemap.read_exact_at(&mut entries, start / PAGE * 8))
+        .is_ok_and(|()| entries.chunks_exact(8).all(|e| e[7] & 0xc0 == 0))
 }
 
 /// Writing below a stack makes it grow, within the limit of who writes.

@@ -45,16 +45,15 @@ impl Spare {
         let rest = last.strip_prefix(code).unwrap_or(last);
         (code.len() <= SPARE && rest.iter().all(|b| *b == 0)).then_some(())?;
         Some(Spare {
-            at: Spare::range(end).start,
+            at: end - SPARE as u64,
             mem: mem.try_clone().ok()?,
             lent: Cell::new(false),
             used: Cell::new(false),
         })
     }
 
-    /// Where it is in a vdso that ends there.
-    pub fn range(end: u64) -> Range<u64> {
-        end - SPARE as u64..end
+    pub fn contains(&self, address: u64) -> bool {
+        (self.at..self.at + SPARE as u64).contains(&address)
     }
 
     /// Puts the runner there, if it is not there yet; `mem` is the memory of the

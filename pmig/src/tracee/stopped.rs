@@ -500,9 +500,10 @@ impl Drop for Stopped {
         }
         if self.live {
             if let Err(e) = self.settle() {
-                tracing::warn!("process {} goes on by its own frame: {e}", self.pid);
+                tracing::warn!("process {} could not be put in order: {e}", self.pid);
             }
         }
+        self.ground = None;
         let _ = ptrace::detach(self.pid, 0);
         for signal in self.held.drain(..) {
             let _ = nix::sys::signal::kill(

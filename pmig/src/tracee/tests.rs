@@ -263,16 +263,26 @@ fn what_is_not_free_behind_the_vdso_is_not_lent() {
 fn a_stack_lends_only_what_is_empty_below_the_program() {
     let own = std::process::id() as i32;
     let mem = open_mem(own).unwrap();
-    let room = vec![0u8; 64 << 10];
+    // The allocator maps that much anew.
+    let mut room = vec![0u8; 64 << 20];
     let start = (room.as_ptr() as u64).next_multiple_of(4096);
     let stack = start..start + (32 << 10);
-    let find = |sp| unused_stack((own, &mem), sp, 8192, Some(stack.clone()));
-    assert_eq!(find(stack.end - 64).unwrap(), stack.start);
-    // It is down there, or on another stack: then below that which it has by now.
+    let find = |sp, ours| unused_stack((own, &mem), sp, 8192, Some(stack.clone()), ours);
+    // It is on another stack, and has never been here.
+    let elsewhere = stack.end + 4096;
+    assert_eq!(find(elsewhere, None).unwrap(), stack.start);
+    // It has.
+    std::hint::black_box(&mut room[..1 << 20]).fill(1);
+    std::hint::black_box(&mut room[..1 << 20]).fill(0);
+    assert_ne!(find(elsewhere, None).unwrap(), stack.start);
+    // That was us.
+    assert_eq!(find(elsewhere, Some(stack.start)).unwrap(), stack.start);
+    assert_eq!(find(stack.end - 64, None).unwrap(), stack.start);
+    // It is down there: then below that which it has by now.
     let real = Lines::of(own).unwrap().find(b"[stack]").unwrap().start;
-    for sp in [stack.start + 8192, stack.end + 4096] {
-        assert_eq!(find(sp).unwrap(), real - 8192);
-    }
+    let low = stack.start + 8192;
+    assert_ne!(find(low, Some(stack.start)).unwrap(), stack.start);
     mem.write_all_at(&[1], stack.start + 8191).unwrap();
-    assert_eq!(find(stack.end - 64).unwrap(), real - 8192);
+    assert_ne!(find(stack.end - 64, None).unwrap(), stack.start);
+    assert!(find(elsewhere, None).unwrap() <= real);
 }
