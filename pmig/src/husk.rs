@@ -29,6 +29,13 @@ pub struct Husk {
     vmas: Vec<Vma>,
 }
 
+fn not_there(run: &Range<u64>) -> Error {
+    Error::bad(
+        format!("memory {:x}-{:x}", run.start, run.end),
+        "the program has none there",
+    )
+}
+
 impl Husk {
     /// Makes the process, with the given PID (0: any), in the given cgroup,
     /// with nothing in its address space but what `layout` leaves free.
@@ -283,43 +290,31 @@ impl Husk {
         Ok(present)
     }
 
-    /// Whether a run that a peer names lies in private mappings of the program.
+    /// Whether pages that a peer names lie in private mappings of the program.
     fn own(&self, run: &Range<u64>) -> Result<()> {
-        let bad = || {
-            Err(Error::bad(
-                format!("memory {:x}-{:x}", run.start, run.end),
-                "the program has none there",
-            ))
-        };
-        if run.start % PAGE != 0 || run.end % PAGE != 0 {
-            return bad();
+        match run.start % PAGE == 0 && run.end % PAGE == 0 {
+            true => self.has(run),
+            false => Err(not_there(run)),
         }
-        self.has(run)
     }
 
     /// The same of any bytes.
     fn has(&self, run: &Range<u64>) -> Result<()> {
-        let bad = || {
-            Err(Error::bad(
-                format!("memory {:x}-{:x}", run.start, run.end),
-                "the program has none there",
-            ))
-        };
         if run.start >= run.end {
-            return bad();
+            return Err(not_there(run));
         }
         let mut at = run.start;
         let first = self.vmas.partition_point(|v| v.end <= at);
         for v in &self.vmas[first..] {
             if v.start > at || !v.is_private() {
-                return bad();
+                return Err(not_there(run));
             }
             at = v.end;
             if at >= run.end {
                 return Ok(());
             }
         }
-        bad()
+        Err(not_there(run))
     }
 
     /// Adds to a batch what lets it enter a time namespace. It must be

@@ -14,7 +14,7 @@ use std::cell::RefCell;
 use std::collections::btree_map::Entry;
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::Read;
+use std::io::{Read, Seek};
 use std::os::unix::fs::FileExt;
 
 use crate::error::{Context, Error, Result};
@@ -62,19 +62,9 @@ impl Maps {
     /// # Errors
     /// As [`read`].
     pub fn read(&self) -> Result<Vec<u8>> {
-        let (mut bytes, mut len) = (vec![0; ROOM_FOR_MAPPINGS], 0);
-        loop {
-            let got = self.file.read_at(&mut bytes[len..], len as u64);
-            let got = got.map_err(|e| failed(e, self.pid, "maps"))?;
-            len += got;
-            if got == 0 || len as u64 >= LIMIT_OF_MAPPINGS {
-                bytes.truncate(len);
-                return Ok(bytes);
-            }
-            if len == bytes.len() {
-                bytes.resize(2 * len, 0);
-            }
-        }
+        let mut file = &self.file;
+        file.rewind().map_err(|e| failed(e, self.pid, "maps"))?;
+        all_of(file, self.pid, "maps", ROOM_FOR_MAPPINGS, LIMIT_OF_MAPPINGS)
     }
 }
 

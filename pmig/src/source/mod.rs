@@ -485,8 +485,11 @@ impl<'a> Run<'a> {
         self.part("scan");
 
         // The wire carries them while the target restores the rest.
-        let keeper = &mut b.keeper;
-        self.send_pages(&mut b.tracker, &found, &mut |_, _| keeper.alive())?;
+        let (keeper, mut pages) = (&mut b.keeper, 0);
+        self.send_pages(&mut b.tracker, &found, &mut |_, bytes| {
+            pages += bytes / PAGE;
+            keeper.alive()
+        })?;
         b.tracker.owes()?;
         self.part("pages");
         let shipped = self.files.send(&mut self.wire, &mut || b.keeper.alive())?;
@@ -523,7 +526,7 @@ impl<'a> Run<'a> {
             return Err(e);
         }
         self.part("hold");
-        self.freeze.pages = found.bytes() / PAGE;
+        self.freeze.pages = pages;
         self.freeze.bytes = self.wire.sent - before;
         self.last_table = descriptors.awaits_input().then_some(descriptors);
         Ok(frozen)

@@ -98,9 +98,6 @@ impl Stopped {
     /// Makes sure that a table of `len` bytes fits.
     pub(super) fn room_for(&mut self, len: usize) -> Result<()> {
         let len = len as u64;
-        if self.scratch.is_some_and(|s| s.room >= len) {
-            return Ok(());
-        }
         if self.scratch.is_none() {
             self.scratch = self.borrowed_room(len);
         }

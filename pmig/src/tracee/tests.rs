@@ -1,7 +1,7 @@
 use std::io::{BufRead, BufReader};
 use std::os::unix::fs::FileExt;
 use std::os::unix::process::ExitStatusExt;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
@@ -13,40 +13,60 @@ use crate::proc::smaps::Lines;
 use crate::sys::ptrace::{self, Regs};
 use crate::sys::runner;
 
-/// A shell that counts as fast as it can, in user code and system calls alike,
-/// and ends with the sum.
-fn counting() -> Child {
-    Command::new("python3")
-        .args([
-            "-c",
-            "import os,time\nprint('go',flush=True)\ns=0.5\nn=0\n\
-             while not os.path.exists(f'/tmp/pmig-test-stop-{os.getpid()}'):\n\
-             \x20 s=s*1.0000001+n%7; n+=1; os.getppid(); time.sleep(0.0001)\n\
-             t=0.5\n\
-             for i in range(n): t=t*1.0000001+i%7\n\
-             print('same' if s==t else 'differs')",
-        ])
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap()
+/// A program that counts as fast as it can, in user code and system calls alike,
+/// and ends with the sum; killed when the test ends.
+struct Counting {
+    child: Child,
+    out: BufReader<ChildStdout>,
 }
 
-fn first_line(child: &mut Child) -> BufReader<std::process::ChildStdout> {
-    let mut out = BufReader::new(child.stdout.take().unwrap());
-    let mut line = String::new();
-    out.read_line(&mut line).unwrap();
-    assert_eq!(line, "go\n");
-    out
+impl Counting {
+    fn start() -> (Counting, i32) {
+        let mut child = Command::new("python3")
+            .args([
+                "-c",
+                "import os,time\nprint('go',flush=True)\ns=0.5\nn=0\n\
+                 while not os.path.exists(f'/tmp/pmig-test-stop-{os.getpid()}'):\n\
+                 \x20 s=s*1.0000001+n%7; n+=1; os.getppid(); time.sleep(0.0001)\n\
+                 t=0.5\n\
+                 for i in range(n): t=t*1.0000001+i%7\n\
+                 print('same' if s==t else 'differs')",
+            ])
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let out = BufReader::new(child.stdout.take().unwrap());
+        let mut it = Counting { child, out };
+        assert_eq!(it.line(), "go\n");
+        let pid = it.child.id() as i32;
+        (it, pid)
+    }
+
+    fn line(&mut self) -> String {
+        let mut line = String::new();
+        self.out.read_line(&mut line).unwrap();
+        line
+    }
+
+    fn lives(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_none()
+    }
+
+    fn stop_and_check(mut self) {
+        let flag = format!("/tmp/pmig-test-stop-{}", self.child.id());
+        std::fs::write(&flag, "").unwrap();
+        let line = self.line();
+        std::fs::remove_file(&flag).unwrap();
+        assert_eq!(line, "same\n");
+        assert!(self.child.wait().unwrap().success());
+    }
 }
 
-fn stop_and_check(mut child: Child, mut out: BufReader<std::process::ChildStdout>) {
-    let flag = format!("/tmp/pmig-test-stop-{}", child.id());
-    std::fs::write(&flag, "").unwrap();
-    let mut line = String::new();
-    out.read_line(&mut line).unwrap();
-    std::fs::remove_file(&flag).unwrap();
-    assert_eq!(line, "same\n");
-    assert!(child.wait().unwrap().success());
+impl Drop for Counting {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
 }
 
 /// With a table of that many bytes, at least.
@@ -73,9 +93,7 @@ fn excursion(pid: i32, len: usize) {
 
 #[test]
 fn excursions_leave_no_trace_in_a_live_program() {
-    let mut child = counting();
-    let out = first_line(&mut child);
-    let pid = child.id() as i32;
+    let (program, pid) = Counting::start();
     let maps = || std::fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
     let mem = open_mem(pid).unwrap();
     let read = |name: &str| {
@@ -99,14 +117,12 @@ fn excursions_leave_no_trace_in_a_live_program() {
         .any(|l| l.contains("r-xp 00000000 00:00 0") && !l.ends_with("[vdso]")));
     assert!(read("[vdso]") == vdso, "the vdso has other bytes");
     assert_eq!(unused(&read("[stack]")), stack);
-    stop_and_check(child, out);
+    program.stop_and_check();
 }
 
 #[test]
 fn a_table_too_large_for_what_is_lent_gets_a_mapping_for_as_long() {
-    let mut child = counting();
-    let out = first_line(&mut child);
-    let pid = child.id() as i32;
+    let (program, pid) = Counting::start();
     let maps = || std::fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
     let count = maps().lines().count();
     let mut s = Stopped::seize(pid).unwrap();
@@ -121,14 +137,13 @@ fn a_table_too_large_for_what_is_lent_gets_a_mapping_for_as_long() {
     assert!(s.scratch().is_some());
     s.detach().unwrap();
     assert_eq!(maps().lines().count(), count);
-    stop_and_check(child, out);
+    program.stop_and_check();
 }
 
 #[test]
 fn a_failed_call_is_an_error_with_its_name() {
-    let mut child = counting();
-    let out = first_line(&mut child);
-    let mut s = Stopped::seize(child.id() as i32).unwrap();
+    let (program, pid) = Counting::start();
+    let mut s = Stopped::seize(pid).unwrap();
     let mut b = Batch::new();
     b.call("close the impossible", libc::SYS_close, &[(-1i32).into()]);
     b.call("exit", libc::SYS_exit, &[1i32.into()]);
@@ -136,7 +151,7 @@ fn a_failed_call_is_an_error_with_its_name() {
     assert_eq!(e.errno(), Some(libc::EBADF), "{e}");
     assert!(e.to_string().contains("close the impossible"), "{e}");
     s.detach().unwrap();
-    stop_and_check(child, out);
+    program.stop_and_check();
 }
 
 /// Not a test of its own: the tracer that the next one kills.
@@ -167,9 +182,7 @@ fn is_home(pid: i32) -> bool {
 
 #[test]
 fn a_program_heals_itself_wherever_the_tracer_dies() {
-    let mut child = counting();
-    let out = first_line(&mut child);
-    let pid = child.id();
+    let (mut program, pid) = Counting::start();
     for (len, least) in TABLES.into_iter().zip([15, 20]) {
         let mut killed = 0;
         for after in 0.. {
@@ -184,25 +197,20 @@ fn a_program_heals_itself_wherever_the_tracer_dies() {
             }
             assert_eq!(status.signal(), Some(libc::SIGKILL), "step {after}");
             killed += 1;
-            assert!(
-                child.try_wait().unwrap().is_none(),
-                "died with step {after}"
-            );
-            assert!(is_home(pid as i32), "it has another mask by step {after}");
+            assert!(program.lives(), "died with step {after}");
+            assert!(is_home(pid), "it has another mask by step {after}");
         }
         assert!(
             killed > least,
             "an excursion takes more than {killed} steps"
         );
     }
-    stop_and_check(child, out);
+    program.stop_and_check();
 }
 
 #[test]
 fn a_program_that_is_given_up_in_a_call_of_ours_goes_home_from_it() {
-    let mut child = counting();
-    let out = first_line(&mut child);
-    let pid = child.id() as i32;
+    let (mut program, pid) = Counting::start();
     // What it is traced by is this thread.
     std::thread::spawn(move || {
         let mut s = Stopped::seize(pid).unwrap();
@@ -217,23 +225,18 @@ fn a_program_that_is_given_up_in_a_call_of_ours_goes_home_from_it() {
     .unwrap();
     assert!(is_home(pid));
     std::thread::sleep(Duration::from_millis(1200));
-    assert!(child.try_wait().unwrap().is_none(), "it died of it");
+    assert!(program.lives(), "it died of it");
     assert!(is_home(pid));
     // Of a killed one it is no different.
     excursion(pid, 0);
-    stop_and_check(child, out);
+    program.stop_and_check();
 }
 
 #[test]
 fn a_program_that_still_is_in_code_of_ours_is_left_alone() {
-    let mut child = counting();
-    let out = first_line(&mut child);
-    let ground = Ground::survey(child.id() as i32).unwrap();
-    let end = Lines::of(child.id() as i32)
-        .unwrap()
-        .find(b"[vdso]")
-        .unwrap()
-        .end;
+    let (program, pid) = Counting::start();
+    let ground = Ground::survey(pid).unwrap();
+    let end = Lines::of(pid).unwrap().find(b"[vdso]").unwrap().end;
     let at = |rip| Regs {
         rip,
         ..Regs::default()
@@ -241,7 +244,7 @@ fn a_program_that_still_is_in_code_of_ours_is_left_alone() {
     assert!(ground.is_left_by(1, &at(end - 512)).is_ok());
     let e = ground.is_left_by(1, &at(end - 200)).unwrap_err();
     assert!(e.to_string().contains("killed"), "{e}");
-    stop_and_check(child, out);
+    program.stop_and_check();
 }
 
 #[test]
