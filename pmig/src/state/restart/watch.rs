@@ -211,8 +211,9 @@ fn continuous(look: &Look, regs: &Regs, after: &Sched) -> bool {
 }
 
 /// The end of a wait, out of the timers that vanished with it and what the
-/// scheduler's clock says, which is off by interrupts and stolen time (and
-/// says nothing where the process changed its CPU).
+/// scheduler's clock says, which is off by interrupts and stolen time. Where the
+/// process changed its CPU that says nothing, and of several the last is chosen: a
+/// wait may end late, never early.
 fn choose(found: &[i64], estimate: Option<i64>, same_clock: bool, slept: i64) -> Option<i64> {
     let Some(e) = estimate else {
         return match found {
@@ -220,12 +221,12 @@ fn choose(found: &[i64], estimate: Option<i64>, same_clock: bool, slept: i64) ->
             _ => None,
         };
     };
+    if !same_clock {
+        return found.iter().copied().max();
+    }
     let nearest = found.iter().copied().min_by_key(|f| f.abs_diff(e));
     let bearable = (SHORT / 2 + slept / 4).unsigned_abs();
-    match nearest {
-        Some(n) if !same_clock || n.abs_diff(e) <= bearable => Some(n),
-        _ => same_clock.then_some(e),
-    }
+    nearest.filter(|n| n.abs_diff(e) <= bearable).or(Some(e))
 }
 
 /// When the timers end that are not there any more without having ended: the
@@ -286,6 +287,7 @@ mod tests {
         assert_eq!(choose(&[5, near], Some(second), true, 0), Some(near));
         assert_eq!(choose(&[5], Some(second), true, 0), Some(second));
         assert_eq!(choose(&[5], Some(second), false, 0), Some(5));
+        assert_eq!(choose(&[5, second], Some(6), false, 0), Some(second));
         assert_eq!(choose(&[], Some(second), false, 0), None);
     }
 
