@@ -28,6 +28,10 @@ pub enum Error {
     /// let go on.
     #[error("{}", Obstacle::list(.0))]
     Refused(Vec<Obstacle>),
+    /// What was taken for granted of a process is not so any more. It goes on, and may
+    /// be moved by asking it while it stands still.
+    #[error("process {pid}: {what} changed in the moment of the move")]
+    Changed { pid: i32, what: &'static str },
     /// The process went away while it was being handled.
     #[error("process {0} is not there, or has ended")]
     Gone(i32),

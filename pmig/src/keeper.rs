@@ -34,6 +34,7 @@ use crate::resolve::{self, Now};
 use crate::state::fd::Passage;
 use crate::sys::inherit::close_from;
 use crate::sys::pidfd;
+use crate::sys::sched::{self, SchedAttr};
 
 /// pmig may be silent so many times longer after COMMITTING, when nothing can
 /// be undone and it is asking the target itself.
@@ -235,6 +236,13 @@ pub fn run(id: Id, passage: [i32; 2]) -> Result<()> {
     let _ = setsid();
     // Not killed for memory it doesn't use, where that may be asked.
     let _ = std::fs::write("/proc/self/oom_score_adj", "-900");
+    // Woken by pmig it waits its turn: pmig has more urgent things to do.
+    if let Ok(attr) = sched::getattr(0) {
+        if attr.policy == libc::SCHED_OTHER as u32 {
+            let policy = libc::SCHED_BATCH as u32;
+            let _ = sched::setattr(0, &SchedAttr { policy, ..attr });
+        }
+    }
 
     let pmig = getppid();
     let line = io::stdin()

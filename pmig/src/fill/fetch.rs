@@ -240,14 +240,16 @@ impl Filler {
                 numbers.push(n);
             }
         }
-        match poll(&mut fds, PollTimeout::from(200u8)) {
+        let said = wire.is_ahead();
+        let within = if said { 0u8 } else { 200 };
+        match poll(&mut fds, PollTimeout::from(within)) {
             Ok(_) | Err(Errno::EINTR) => {}
             Err(e) => return Err(e).context("wait for", "missing memory"),
         }
         let came = |n: usize| fds[n].any() == Some(true);
         let spaces = numbers.iter().enumerate();
         let spaces = spaces.filter(|(n, _)| came(n + 2)).map(|(_, s)| *s);
-        Ok((came(0), came(1), spaces.collect()))
+        Ok((said || came(0), came(1), spaces.collect()))
     }
 
     /// Acts on all that happened to a space.

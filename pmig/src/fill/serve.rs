@@ -175,7 +175,8 @@ impl Copy {
         let mut heard = Instant::now();
         loop {
             let mut fds = [PollFd::new(wire.link().fd(), PollFlags::POLLIN)];
-            if !matches!(poll(&mut fds, PollTimeout::from(LOOK)), Ok(n) if n > 0) {
+            let mut comes = || matches!(poll(&mut fds, PollTimeout::from(LOOK)), Ok(n) if n > 0);
+            if !wire.is_ahead() && !comes() {
                 told(Told::Waiting)?;
                 if heard.elapsed() > patience(PATIENCE) {
                     return Err(Error::Deadline {

@@ -10,12 +10,18 @@ pub mod stat;
 pub mod status;
 pub mod timers;
 
-use std::cell::RefCell;
+use std::borrow::Cow;
+use std::cell::{OnceCell, RefCell};
 use std::collections::btree_map::Entry;
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::fs::File;
 use std::io::{Read, Seek};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
+
+use nix::fcntl::OFlag;
+use nix::sys::stat::Mode;
 
 use crate::error::{Context, Error, Result};
 
@@ -107,7 +113,9 @@ pub fn text(pid: i32, name: &str) -> Result<String> {
 #[derive(Debug)]
 pub struct Kept {
     pid: i32,
-    files: RefCell<BTreeMap<&'static str, File>>,
+    files: RefCell<BTreeMap<Cow<'static, str>, File>>,
+    /// Where the names of its namespaces are.
+    namespaces: OnceCell<OwnedFd>,
 }
 
 impl Kept {
@@ -115,6 +123,7 @@ impl Kept {
         Kept {
             pid,
             files: RefCell::default(),
+            namespaces: OnceCell::new(),
         }
     }
 
@@ -126,16 +135,17 @@ impl Kept {
     ///
     /// # Errors
     /// As [`read`].
-    pub fn read(&self, name: &'static str) -> Result<Vec<u8>> {
+    pub fn read(&self, name: impl Into<Cow<'static, str>>) -> Result<Vec<u8>> {
+        let name = name.into();
         let mut files = self.files.borrow_mut();
-        let file = match files.entry(name) {
+        let file = match files.entry(name.clone()) {
             Entry::Occupied(file) => file.into_mut(),
-            Entry::Vacant(place) => place.insert(open(self.pid, name)?),
+            Entry::Vacant(place) => place.insert(open(self.pid, &name)?),
         };
         let (mut bytes, mut len) = (vec![0; ROOM], 0);
         loop {
             let got = file.read_at(&mut bytes[len..], len as u64);
-            len += got.map_err(|e| failed(e, self.pid, name))?;
+            len += got.map_err(|e| failed(e, self.pid, &name))?;
             if len < bytes.len() || len as u64 >= LIMIT {
                 bytes.truncate(len);
                 return Ok(bytes);
@@ -148,8 +158,25 @@ impl Kept {
     ///
     /// # Errors
     /// As [`read`].
-    pub fn text(&self, name: &'static str) -> Result<String> {
+    pub fn text(&self, name: impl Into<Cow<'static, str>>) -> Result<String> {
         Ok(String::from_utf8_lossy(&self.read(name)?).into_owned())
+    }
+
+    /// What `/proc/PID/ns/NAME` says.
+    ///
+    /// # Errors
+    /// Those of open(2) and readlink(2).
+    pub fn namespace(&self, name: &str) -> nix::Result<OsString> {
+        let namespaces = match self.namespaces.get() {
+            Some(namespaces) => namespaces,
+            None => {
+                let path = format!("/proc/{}/ns", self.pid);
+                let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+                let opened = nix::fcntl::open(path.as_str(), flags, Mode::empty())?;
+                self.namespaces.get_or_init(|| opened)
+            }
+        };
+        nix::fcntl::readlinkat(namespaces, name)
     }
 }
 

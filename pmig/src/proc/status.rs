@@ -6,8 +6,10 @@ use crate::error::{Error, Result};
 /// `/proc/PID/status` (proc_pid_status(5)): what pmig wants of it. Read while
 /// programs stand still, so it is taken apart in one go, which the procfs crate
 /// does not do.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Status {
+    /// As the kernel escapes it.
+    pub name: String,
     /// The state's letter: R, S, D, T, t, Z, X, ...
     pub letter: char,
     pub pid: i32,
@@ -58,6 +60,17 @@ impl Status {
         Status::parse(files.pid(), &files.text("status")?)
     }
 
+    /// Whether it tells of the same as `before`, but for what changes by itself.
+    pub fn is_of_same_settings(&self, before: &Status) -> bool {
+        let now = Status {
+            letter: before.letter,
+            tracer: before.tracer,
+            pending: before.pending,
+            ..self.clone()
+        };
+        now == *before
+    }
+
     fn parse(pid: i32, text: &str) -> Result<Status> {
         let mut status = Status {
             bounding: u64::MAX,
@@ -83,6 +96,7 @@ impl Status {
 
     fn take(&mut self, name: &str, value: &str) -> Option<()> {
         match name {
+            "Name" => self.name = value.into(),
             "State" => self.letter = value.chars().next()?,
             "Umask" => self.umask = Some(u32::from_str_radix(value, 8).ok()?),
             "Tgid" => self.tgid = value.parse().ok()?,

@@ -1,4 +1,5 @@
-use std::io::{self, Read};
+use std::io;
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use serde::de::DeserializeOwned;
@@ -15,6 +16,10 @@ const USUAL_MESSAGE: usize = 64 << 10;
 
 /// No more than this waits for what leaves with it, in bytes.
 const MOST_QUEUED: usize = 64 << 10;
+
+/// No more than this is read beyond what is asked for, in bytes: the last words of a
+/// source and what little memory goes with them.
+const MOST_EARLY: usize = 16 << 10;
 
 /// How often somebody who only waits for an end looks at the clock.
 const SILENT: Duration = Duration::from_millis(200);
@@ -51,11 +56,31 @@ pub fn decode<T: DeserializeOwned>(body: &[u8]) -> Result<T> {
     Ok(message)
 }
 
+/// What was read beyond what was asked for.
+#[derive(Default)]
+struct Early {
+    room: Box<[u8]>,
+    /// What of it was not asked for yet.
+    left: Range<usize>,
+}
+
+impl Early {
+    /// Moves what is there into `buf`; returns how many bytes that are.
+    fn take(&mut self, buf: &mut [u8]) -> usize {
+        let n = buf.len().min(self.left.len());
+        let from = self.left.start;
+        buf[..n].copy_from_slice(&self.room[from..from + n]);
+        self.left.start += n;
+        n
+    }
+}
+
 /// A connection that carries messages (length, then bincode) and raw bytes.
 pub struct Wire {
     link: Box<dyn Link>,
     /// Frames that leave with the next one.
     queued: Vec<u8>,
+    early: Early,
     /// Bytes sent, frames included.
     pub sent: u64,
     /// Bytes received, frames included.
@@ -67,6 +92,7 @@ impl Wire {
         Wire {
             link,
             queued: Vec::new(),
+            early: Early::default(),
             sent: 0,
             received: 0,
         }
@@ -79,14 +105,6 @@ impl Wire {
 
     pub fn link(&self) -> &dyn Link {
         &*self.link
-    }
-
-    /// A second handle on the same connection, with counters of its own.
-    pub fn try_clone(&self) -> Result<Wire> {
-        self.link
-            .try_clone()
-            .map(Wire::new)
-            .map_err(|e| self.broken(e))
     }
 
     /// Every later read or write that waits longer than this fails.
@@ -135,28 +153,59 @@ impl Wire {
         }
         // Beyond that grown as bytes arrive: an announced length alone costs no
         // memory.
-        let mut body = Vec::with_capacity(len.min(USUAL_MESSAGE));
-        let got = (&mut *self.link)
-            .take(len as u64)
-            .read_to_end(&mut body)
-            .map_err(|e| self.broken(e))?;
-        if got < len {
-            return Err(self.broken(io::ErrorKind::UnexpectedEof.into()));
+        let mut body = Vec::new();
+        while body.len() < len {
+            let have = body.len();
+            body.resize(len.min(USUAL_MESSAGE.max(2 * have)), 0);
+            self.recv_raw(&mut body[have..])?;
         }
-        self.received += len as u64;
         decode(&body)
     }
 
     /// Reads raw bytes that were announced by a message.
     pub fn recv_raw(&mut self, buf: &mut [u8]) -> Result<()> {
-        self.link.read_exact(buf).map_err(|e| self.broken(e))?;
+        let mut have = 0;
+        while have < buf.len() {
+            have += match self.read_some(&mut buf[have..])? {
+                0 => return Err(self.broken(io::ErrorKind::UnexpectedEof.into())),
+                n => n,
+            };
+        }
         self.received += buf.len() as u64;
         Ok(())
     }
 
-    /// Reads whatever comes.
-    pub fn recv_some(&mut self, buf: &mut [u8]) -> Result<usize> {
-        self.link.read(buf).map_err(|e| self.broken(e))
+    fn read_some(&mut self, buf: &mut [u8]) -> Result<usize> {
+        if self.is_ahead() {
+            return Ok(self.early.take(buf));
+        }
+        let len = buf.len();
+        let read = loop {
+            let mut both = [
+                io::IoSliceMut::new(buf),
+                io::IoSliceMut::new(&mut self.early.room),
+            ];
+            match self.link.read_vectored(&mut both) {
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                read => break read.map_err(|e| self.broken(e))?,
+            }
+        };
+        self.early.left = 0..read.saturating_sub(len);
+        Ok(read.min(len))
+    }
+
+    /// From now on what has come already is read with what is waited for. Whoever waits
+    /// for the connection has to ask [`Wire::is_ahead`] first, and descriptors
+    /// (SCM_RIGHTS) must not come with it.
+    pub fn read_ahead(&mut self) {
+        if self.early.room.is_empty() {
+            self.early.room = vec![0; MOST_EARLY].into();
+        }
+    }
+
+    /// Whether something has been read already that nobody has asked for yet.
+    pub fn is_ahead(&self) -> bool {
+        !self.early.left.is_empty() && !self.link.is_cut()
     }
 
     /// Says that nothing more comes, and waits until the other side has cleared

@@ -1,6 +1,8 @@
 //! What of the program is told before it stops, so that only what differs is left to
 //! be restored in the freeze.
 
+use std::ops::Range;
+
 use super::Run;
 use crate::error::Result;
 use crate::image::Final;
@@ -8,7 +10,7 @@ use crate::protocol::message::ToTarget;
 use crate::state::clock::{self, Clock};
 use crate::state::fd::FdTable;
 use crate::state::memory::Layout;
-use crate::state::pcb::{Backend, CaptureContext, Foreseen, Moving, Pcb};
+use crate::state::pcb::{Answers, Backend, CaptureContext, Captured, Foreseen, Moving, Pcb};
 use crate::state::restart::{ProgramClock, Watch};
 use crate::tracee::Stopped;
 use crate::transport::Addr;
@@ -24,8 +26,10 @@ pub(super) struct Ahead {
     told: Option<Final>,
     /// It was told at the freeze what it most likely will be told.
     likely: bool,
-    /// What files told right before the stop.
-    pub foreseen: Option<Foreseen>,
+    /// What it said of itself at its first stop.
+    answers: Option<Answers>,
+    /// The same, and what files told right before the stop.
+    foreseen: Option<Foreseen>,
 }
 
 impl Run<'_> {
@@ -38,9 +42,13 @@ impl Run<'_> {
             files: &self.entries,
             questions: &self.questions,
             foreseen: None,
+            heap: None,
         };
         match self.backend.capture(stopped, &context, &mut |_| Ok(())) {
-            Ok(pcb) => self.ahead.known = Some(pcb),
+            Ok(Captured { pcb, answers }) => {
+                self.ahead.known = Some(pcb);
+                self.ahead.answers = answers;
+            }
             Err(e) => tracing::debug!("nothing is known ahead: {e}"),
         }
     }
@@ -74,6 +82,30 @@ impl Run<'_> {
         Ok(())
     }
 
+    /// What need not be found out while it stands still, unless it must not be taken for
+    /// granted.
+    ///
+    /// # Errors
+    /// Those of procfs.
+    pub(super) fn foresee(&mut self) -> Result<()> {
+        let answers = self.ahead.answers.take();
+        if !self.cautious {
+            self.ahead.foreseen = self.backend.foresee(&self.entries, answers)?;
+        }
+        Ok(())
+    }
+
+    /// Looks whether it was so, of a program that is about to be held.
+    ///
+    /// # Errors
+    /// As [`Foreseen::confirm`].
+    pub(super) fn confirm(&self, stopped: &mut Stopped, was_asked: bool) -> Result<()> {
+        match &self.ahead.foreseen {
+            Some(f) => f.confirm((stopped, was_asked), &self.questions, &self.entries),
+            None => Ok(()),
+        }
+    }
+
     /// Captures it at the freeze. `only_pages`: nothing else can have changed, so what
     /// the target will have to do is likely known before all of it was asked. With the
     /// module there is little to do, and to hear of it costs more.
@@ -86,7 +118,8 @@ impl Run<'_> {
         watch: &Watch,
         clock: ProgramClock,
         (only_pages, there): (bool, Clock),
-    ) -> Result<Pcb> {
+        heap: Option<Range<u64>>,
+    ) -> Result<Captured> {
         let is_slow = self.accepted.pcb == Backend::Ptrace.name();
         let told = self.ahead.told.as_ref();
         // With terminals the target waits for the last word.
@@ -99,6 +132,7 @@ impl Run<'_> {
             files: &self.entries,
             questions: &self.questions,
             foreseen: self.ahead.foreseen.as_ref(),
+            heap,
         };
         let (wire, told) = (&mut self.wire, &mut self.ahead.likely);
         let mut early = |moving: Moving| match likely && !moving.has_signals() {

@@ -39,13 +39,13 @@ use crate::proc::status::Pending;
 use crate::proc::Kept;
 use crate::protocol::message::{Accepted, Hello, ToSource, ToTarget};
 use crate::protocol::{preface, Wire};
-use crate::report::{Event, Facts, Failure, Freeze, Progress, Summary};
+use crate::report::{Event, Facts, Failure, Freeze, Outcome, Progress, Summary};
 use crate::state::bounds::Bounds;
 use crate::state::clock::{self, Clock, Difference, Reading};
 use crate::state::fd::{Beat, FdTable, Watch as FdWatch};
 use crate::state::memory::{self, Delta, Found, Kernel, Tracker, Tracking, TrackingChoice, PAGE};
 use crate::state::paths::FilePath;
-use crate::state::pcb::{self, Backend, MachineFacts, PcbChoice, Questions};
+use crate::state::pcb::{self, Backend, Captured, MachineFacts, PcbChoice, Questions};
 use crate::state::restart::{ProgramClock, Watch as RestartWatch};
 use crate::state::signals::Signals;
 use crate::sys::memory::keep_in;
@@ -112,15 +112,30 @@ pub fn migrate(
     progress: &mut dyn Progress,
 ) -> std::result::Result<Summary, Failure> {
     let begun = Instant::now();
-    let mut run =
-        Run::hello(pid, addr, options, progress, false).map_err(|error| never(pid, error))?;
-    let moved = run.through(begun);
-    if moved.as_ref().is_err_and(|f| f.outcome.is_decided_here()) {
-        // Whoever tries again at once shall not find the place taken by what
-        // this attempt has built.
-        run.wire.part(PARTING);
+    // What goes into a file waits for nobody.
+    let mut cautious = matches!(addr, Addr::File(_));
+    loop {
+        let mut run =
+            Run::hello(pid, addr, options, progress, false).map_err(|error| never(pid, error))?;
+        run.cautious = cautious;
+        let moved = run.through(begun);
+        if moved.as_ref().is_err_and(|f| f.outcome.is_decided_here()) {
+            // Whoever tries again at once shall not find the place taken by what
+            // this attempt has built.
+            run.wire.part(PARTING);
+        }
+        match moved {
+            Err(Failure {
+                error: error @ Error::Changed { .. },
+                outcome: Outcome::RunsOn { .. },
+            }) if !cautious => {
+                let text = format!("{error}; all of it begins again");
+                run.progress.event(&Event::Note { text });
+                cautious = true;
+            }
+            moved => return moved,
+        }
     }
-    moved
 }
 
 /// Whether a process could move, and what stands in its way.
@@ -170,6 +185,8 @@ struct Run<'a> {
     delta: Delta,
     stopped_at: Option<Reading>,
     _claim: Option<Claim>,
+    /// Nothing is taken for granted of the program at the freeze.
+    cautious: bool,
     /// Who holds the program's terminals here, if somebody of ours does.
     holder: Option<Holder>,
     /// The table at the freeze, if what was typed is still to be taken.
@@ -249,6 +266,7 @@ impl<'a> Run<'a> {
         preface::open(&mut *link, preface::Kind::Migration)?;
         let mut wire = Wire::new(link);
         wire.set_deadline(patience(PATIENCE))?;
+        wire.read_ahead();
         fault::point(Phase::Hello, Role::Source, || wire.link().cut());
         let (id, secret) = (Id::random()?, Secret::random()?);
         wire.send(&ToTarget::Hello(Box::new(Hello {
@@ -314,6 +332,7 @@ impl<'a> Run<'a> {
             delta: Delta::default(),
             stopped_at: None,
             _claim: claim,
+            cautious: false,
             holder: None,
             last_table: None,
             signals: None,
@@ -435,7 +454,7 @@ impl<'a> Run<'a> {
         self.holder.as_mut().map_or(Ok(()), Holder::hold)?;
         self.send_meanwhile(b)?;
         self.wire.set_deadline(patience(FROZEN_PATIENCE))?;
-        self.ahead.foreseen = self.backend.foresee(&self.entries)?;
+        self.foresee()?;
         b.keeper.stopped()?;
         let mem = open_mem(self.pid)?;
         b.restart.before(self.pid);
@@ -462,9 +481,15 @@ impl<'a> Run<'a> {
         let only_pages = early.as_ref().is_none_or(Found::is_of_pages);
         stopped.stack_lies_at(b.tracker.stack());
         self.part("scan");
-        let pcb = self.capture(&mut stopped, &b.restart, clock, (only_pages, clock_there))?;
+        let seen = (only_pages, clock_there);
+        let Captured { pcb, answers } =
+            self.capture(&mut stopped, &b.restart, clock, seen, b.tracker.heap())?;
         self.part("pcb");
-        let mut descriptors = self.descriptors.look(Beat::Stopped)?;
+        let beat = match self.cautious {
+            true => Beat::Stopped,
+            false => Beat::Brief,
+        };
+        let mut descriptors = self.descriptors.look(beat)?;
         self.descriptors.ask(&mut descriptors, &mut stopped)?;
         self.sync_files(&b.tracker.layout, &descriptors.files())?;
         self.part("descriptors");
@@ -502,12 +527,11 @@ impl<'a> Run<'a> {
         self.part("files");
         // All is on its way: what stands still can be put in order and looked at
         // meanwhile.
+        self.confirm(&mut stopped, answers.is_some())?;
+        stopped.settle()?;
         self.files.check_unchanged()?;
         self.descriptors.look_again(&descriptors)?;
-        let mut obstacles = pcb::look_again(self.pid)?;
-        if let Some(foreseen) = &self.ahead.foreseen {
-            obstacles.extend(foreseen.confirm(&self.entries)?);
-        }
+        let obstacles = pcb::look_again(&self.entries)?;
         if !obstacles.is_empty() {
             return Err(Error::Refused(obstacles));
         }

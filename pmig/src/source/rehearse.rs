@@ -43,22 +43,24 @@ impl Run<'_> {
         let pid = stand_in.pid();
         let mut watch = self.backend.watch();
         watch.before(pid);
-        let clock = ProgramClock::default();
+        let (clock, files) = (ProgramClock::default(), Kept::of(pid));
         watch.stopped(stand_in.stopped(), clock)?;
         let context = CaptureContext {
             watch: &watch,
             clock,
-            files: &Kept::of(pid),
+            files: &files,
             questions: &self.questions,
             foreseen: None,
+            heap: None,
         };
         let pcb = self
             .backend
-            .capture(stand_in.stopped(), &context, &mut |_| Ok(()))?;
+            .capture(stand_in.stopped(), &context, &mut |_| Ok(()))?
+            .pcb;
         self.signals = Some((pcb.signals.clone(), Pending::of(pid)?));
         self.late_signals()?;
         self.signals = None;
-        pcb::look_again(pid)?;
+        pcb::look_again(&files)?;
         Ok(Final {
             pcb,
             descriptors: FdTable {

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::later::Outlook;
 use super::{answer, unexpected, Building, Run, LITTLE};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::fault::{self, Role};
 use crate::holder;
 use crate::interrupt;
@@ -14,6 +14,7 @@ use crate::protocol::message::{ToSource, ToTarget, MAX_RAW};
 use crate::report::{Event, Round};
 use crate::state::fd::Beat;
 use crate::state::memory::{Backing, Found, Tracker, Vma, PAGE};
+use crate::state::pcb;
 use crate::sys::across::MOST_RUNS;
 
 /// Rounds of the copy, at most.
@@ -94,6 +95,10 @@ impl Run<'_> {
         self.compare_clocks()?;
         self.slow |= self.postponed && self.difference.error() > SLOW_ANSWER;
         self.descriptors.recheck()?;
+        match pcb::look_again(&self.entries)? {
+            o if o.is_empty() => {}
+            o => return Err(Error::Refused(o)),
+        }
         self.holder = holder::find(self.pid)?;
         self.send_ahead(table, &b.tracker.layout)?;
         self.ended(Phase::Copy, format!("{} rounds", self.rounds), begun);

@@ -87,23 +87,24 @@ impl Building {
         &mut self,
         wire: &mut Wire,
         mut is_prepared: bool,
-        prepare: impl FnOnce(&mut Husk) -> Result<()>,
+        prepare: impl Fn(&mut Husk) -> Result<()>,
     ) -> Result<()> {
-        let mut prepare = Some(prepare);
+        let mut may_drop = true;
         loop {
             let message = wire.recv()?;
             if !matches!(message, ToTarget::Drops(_) | ToTarget::Later(_)) {
-                if let Some(prepare) = prepare.take().filter(|_| !is_prepared) {
+                may_drop = false;
+                if !std::mem::replace(&mut is_prepared, true) {
                     prepare(self.husk()?)?;
                     self.laps.add("registers");
                 }
             }
             match message {
-                ToTarget::Drops(runs) if prepare.is_some() => {
+                ToTarget::Drops(runs) if may_drop => {
                     self.discard(&runs)?;
                     is_prepared = false;
                 }
-                ToTarget::Later(runs) if prepare.is_some() => self.later(&runs)?,
+                ToTarget::Later(runs) if may_drop => self.later(&runs)?,
                 ToTarget::Pages(runs) => self.pages(&runs, wire)?,
                 ToTarget::Block { file, offset, len } => self.block(file, offset, len, wire)?,
                 ToTarget::Pictures(pictures) => {

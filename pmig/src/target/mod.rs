@@ -104,6 +104,7 @@ pub fn session(mut wire: Wire, options: &Options) -> Result<()> {
 
 fn receive(wire: &mut Wire, options: &Options) -> Result<()> {
     allow(wire, PATIENCE)?;
+    wire.read_ahead();
     let hello = match wire.recv()? {
         ToTarget::Hello(hello) => hello,
         other => return Err(out_of_turn(wire, &other)),
@@ -371,7 +372,16 @@ impl Building {
         part(&mut times.pcb);
 
         let prepare = |husk: &mut Husk| backend.prepare(husk.stopped(), &pcb, clock);
-        self.rest(wire, came_true.is_some(), prepare)?;
+        // Mostly nothing more is to be done inside it, and if so, all of this again.
+        let is_prepared = came_true.is_some() || {
+            let early = self.filler.is_none() && !pcb.moving().has_signals();
+            if early {
+                prepare(self.husk()?)?;
+                self.laps.add("registers");
+            }
+            early
+        };
+        self.rest(wire, is_prepared, prepare)?;
         self.laps.add("last pages");
         part(&mut times.memory);
 

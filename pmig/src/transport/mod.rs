@@ -21,6 +21,8 @@ pub trait Link: Read + Write + Send {
     fn end(&self);
     /// Cuts the connection in both directions, for every handle on it.
     fn cut(&self);
+    /// Whether somebody has.
+    fn is_cut(&self) -> bool;
     /// The peer as a person would name it.
     fn peer(&self) -> String;
     /// For waiting on it beside other descriptors.

@@ -146,10 +146,10 @@ impl<S> Plain<S> {
     }
 
     fn whole(&self) -> io::Result<()> {
-        if self.cut.load(Ordering::Relaxed) {
-            return Err(io::ErrorKind::ConnectionAborted.into());
+        match self.cut.load(Ordering::Relaxed) {
+            true => Err(io::ErrorKind::ConnectionAborted.into()),
+            false => Ok(()),
         }
-        Ok(())
     }
 }
 
@@ -159,6 +159,11 @@ macro_rules! link {
             fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
                 self.whole()?;
                 self.stream.read(buf)
+            }
+
+            fn read_vectored(&mut self, bufs: &mut [io::IoSliceMut<'_>]) -> io::Result<usize> {
+                self.whole()?;
+                self.stream.read_vectored(bufs)
             }
         }
 
@@ -199,6 +204,10 @@ macro_rules! link {
             fn cut(&self) {
                 self.cut.store(true, Ordering::Relaxed);
                 let _ = self.stream.shutdown(Shutdown::Both);
+            }
+
+            fn is_cut(&self) -> bool {
+                self.cut.load(Ordering::Relaxed)
             }
 
             fn peer(&self) -> String {

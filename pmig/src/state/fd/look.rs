@@ -223,6 +223,27 @@ impl ProcDir {
             .map_err(|what| Error::bad(format!("/proc/{}/fdinfo/{name}", self.pid), what))
     }
 
+    /// The same where it still is of the same file, whose name is not looked up again;
+    /// none where it is not.
+    pub fn glance_again(&self, fd: i32, before: &Glance) -> Result<Option<Glance>> {
+        let mut text = [0u8; 1024];
+        let Ok(n) = self.info(fd, &fd.to_string(), &mut text) else {
+            return Ok(None);
+        };
+        let glance = parse_fdinfo(&text[..n], before.link.clone());
+        Ok(glance.ok().filter(|g| g.is_of_same_file(before)))
+    }
+
+    /// What a descriptor leads to; nothing where it is closed.
+    pub fn link_of(&self, fd: i32) -> Result<Vec<u8>> {
+        let name = fd.to_string();
+        match readlinkat(&self.links, name.as_str()) {
+            Ok(link) => Ok(link.into_vec()),
+            Err(Errno::ENOENT) => Ok(Vec::new()),
+            Err(e) => Err(self.failed(e, "read", &format!("fd/{name}"))),
+        }
+    }
+
     fn info(&self, fd: i32, name: &str, text: &mut [u8]) -> nix::Result<usize> {
         let mut kept = self.kept.borrow_mut();
         if let Some(info) = kept.get(&fd) {
@@ -279,14 +300,11 @@ impl ProcDir {
         &self,
         which: &'static str,
     ) -> Result<std::result::Result<FilePath, Obstacle>> {
-        let link = self
-            .link(which)
-            .map_err(|e| self.failed(e, "read", which))?;
-        let stat = fstatat(&self.dir, which, AtFlags::empty())
-            .map_err(|e| self.failed(e, "look at", which))?;
+        let (link, stat) = self.place(which)?;
+        let node = (stat.st_dev, stat.st_ino);
         if let Some(place) = self.places.borrow().get(which) {
             // Of a directory that went another way the link would say so.
-            if (&place.link, place.node) == (&link, (stat.st_dev, stat.st_ino)) {
+            if (&place.link, place.node) == (&link, node) {
                 return Ok(Ok(place.path.clone()));
             }
         }
@@ -295,7 +313,7 @@ impl ProcDir {
             Name::Leads(path) => {
                 let place = Place {
                     link,
-                    node: (stat.st_dev, stat.st_ino),
+                    node,
                     path: path.clone(),
                 };
                 self.places.borrow_mut().insert(which, place);
@@ -312,6 +330,32 @@ impl ProcDir {
                 "let the program change to a directory of this mount namespace first",
             )),
         })
+    }
+
+    /// Where `cwd` or `root` led when it was looked up last, if it was.
+    pub fn known_directory(&self, which: &str) -> Option<FilePath> {
+        let places = self.places.borrow();
+        places.get(which).map(|place| place.path.clone())
+    }
+
+    /// Whether it still leads there.
+    pub fn stays_in(&self, which: &'static str) -> Result<bool> {
+        let (link, stat) = self.place(which)?;
+        let node = (stat.st_dev, stat.st_ino);
+        let places = self.places.borrow();
+        Ok(places
+            .get(which)
+            .is_some_and(|place| (&place.link, place.node) == (&link, node)))
+    }
+
+    /// What `cwd` or `root` is called, and what that is.
+    fn place(&self, which: &'static str) -> Result<(Vec<u8>, FileStat)> {
+        let link = self
+            .link(which)
+            .map_err(|e| self.failed(e, "read", which))?;
+        let stat = fstatat(&self.dir, which, AtFlags::empty())
+            .map_err(|e| self.failed(e, "look at", which))?;
+        Ok((link, stat))
     }
 
     pub fn as_fd(&self) -> impl AsFd + '_ {

@@ -26,6 +26,9 @@ pub enum Beat {
     Running,
     /// It stands still: everything is captured.
     Stopped,
+    /// The same, but what still is of the same file is taken to be called as before,
+    /// and the directories are taken to be the same, until [`Watch::look_again`].
+    Brief,
 }
 
 /// How often a descriptor that changes while it is looked at is looked at
@@ -48,6 +51,8 @@ pub struct Watch {
     ambiguous: BTreeSet<i32>,
     /// Nobody else is in its process group.
     alone: bool,
+    /// Names were taken for granted at the last look.
+    granted: bool,
 }
 
 /// A descriptor by its number and what it leads to; written only where it is
@@ -100,6 +105,7 @@ impl Watch {
             private: BTreeSet::new(),
             ambiguous: BTreeSet::new(),
             alone: false,
+            granted: false,
         })
     }
 
@@ -109,6 +115,7 @@ impl Watch {
     /// [`Error::Refused`] with every descriptor that cannot be carried.
     pub fn look(&mut self, beat: Beat) -> Result<FdTable> {
         let mut obstacles = Vec::new();
+        self.granted = beat == Beat::Brief;
         let mut found = self.claims(&mut obstacles)?;
         let (cwd, root) = self.places(&mut obstacles)?;
         let pipes = self.pipes(&mut found, &mut obstacles)?;
@@ -145,7 +152,7 @@ impl Watch {
             });
         }
         self.look_for_the_other_ends(&table)?;
-        if beat == Beat::Stopped {
+        if beat != Beat::Running {
             self.look_inside(&mut table)?;
         }
         Ok(table)
@@ -290,6 +297,12 @@ impl Watch {
 
     /// A glance at a descriptor and what it is of, both of the same file.
     fn settled(&self, fd: i32, obstacles: &mut Vec<Obstacle>) -> Result<Option<(Glance, Nature)>> {
+        let before = self.seen.get(&fd).filter(|_| self.granted);
+        if let Some((before, nature)) = before {
+            if let Some(glance) = self.proc.glance_again(fd, before)? {
+                return Ok(Some((glance, nature.clone())));
+            }
+        }
         for _ in 0..PATIENCE {
             let Some(glance) = self.proc.glance(fd)? else {
                 return Ok(None);
@@ -313,6 +326,9 @@ impl Watch {
 
     fn places(&self, obstacles: &mut Vec<Obstacle>) -> Result<(FilePath, FilePath)> {
         let mut place = |which| {
+            if let Some(known) = self.proc.known_directory(which).filter(|_| self.granted) {
+                return Ok(known);
+            }
             Ok::<_, Error>(match self.proc.directory(which)? {
                 Ok(path) => path,
                 Err(obstacle) => {
@@ -442,8 +458,17 @@ impl Watch {
     /// the process still is stopped.
     ///
     /// # Errors
-    /// [`Error::Refused`] with every descriptor that cannot be carried.
+    /// [`Error::Refused`] with every descriptor that cannot be carried;
+    /// [`Error::Changed`] where something is called otherwise than was taken for
+    /// granted.
     pub fn look_again(&self, table: &FdTable) -> Result<()> {
+        if self.granted && !self.are_called_so()? {
+            let what = "what one of its files or directories is called";
+            return Err(Error::Changed {
+                pid: self.pid,
+                what,
+            });
+        }
         let mut obstacles = Vec::new();
         for fd in first_holders(table) {
             let name = self.name(fd);
@@ -460,6 +485,15 @@ impl Watch {
             true => Ok(()),
             false => Err(Error::Refused(obstacles)),
         }
+    }
+
+    fn are_called_so(&self) -> Result<bool> {
+        for (fd, (glance, _)) in &self.seen {
+            if self.proc.link_of(*fd)? != glance.link {
+                return Ok(false);
+            }
+        }
+        Ok(self.proc.stays_in("cwd")? && self.proc.stays_in("root")?)
     }
 
     /// Asks the process itself what cannot be seen from outside, if anything.

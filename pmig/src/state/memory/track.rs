@@ -258,6 +258,11 @@ impl Tracker {
         self.lines.find(b"[stack]")
     }
 
+    /// The same of its heap, or the last part of it.
+    pub fn heap(&self) -> Option<Range<u64>> {
+        self.lines.find(b"[heap]")
+    }
+
     /// The mappings whose pages can be the process's own, and which are dense.
     fn private(&self) -> Vec<(Vma, bool)> {
         let all = self.layout.vmas.iter().zip(&self.dense);

@@ -20,7 +20,8 @@ pub struct Asked {
     keyrings: [Call; 2],
     segments: [(Call, Slot); 3],
     descriptors: Call,
-    locked: Call,
+    /// A page, and whether it is locked.
+    locked: (Call, Call),
 }
 
 pub fn ask(batch: &mut Batch) -> Asked {
@@ -87,7 +88,7 @@ pub fn ask(batch: &mut Batch) -> Asked {
 
 /// Nothing tells of mlockall(MCL_FUTURE), but a new mapping then refuses to be
 /// invalidated (msync(2), EBUSY).
-fn is_new_memory_locked(batch: &mut Batch) -> Call {
+fn is_new_memory_locked(batch: &mut Batch) -> (Call, Call) {
     const LEN: u64 = 4096;
     let page = batch.may_fail(
         "map a page",
@@ -107,7 +108,7 @@ fn is_new_memory_locked(batch: &mut Batch) -> Call {
         &[page.into(), LEN.into(), libc::MS_INVALIDATE.into()],
     );
     batch.may_fail("unmap it", libc::SYS_munmap, &[page.into(), LEN.into()]);
-    locked
+    (page, locked)
 }
 
 /// What stands in the way where future mappings are locked.
@@ -136,6 +137,11 @@ pub fn armed(timers: [bool; 3]) -> Vec<Obstacle> {
 }
 
 impl Asked {
+    /// Calls whose answers are others each time.
+    pub fn transient(&self) -> [Call; 1] {
+        [self.locked.0]
+    }
+
     pub fn obstacles(&self, done: &Done) -> Vec<Obstacle> {
         let mut all = Vec::new();
         all.extend(armed(self.timers.map(|slot| {
@@ -160,7 +166,7 @@ impl Asked {
                 ));
             }
         }
-        if done.result(self.locked) == -(libc::EBUSY as i64) {
+        if done.result(self.locked.1) == -(libc::EBUSY as i64) {
             all.push(locks_future());
         }
         let segment = self.segments.iter().any(|(c, slot)| {

@@ -4,13 +4,17 @@
 //! Each part has a room of its own beside this module; here they are put
 //! together, in an order that works. Two backends fill the same [`Pcb`].
 
+mod foreseen;
 mod inside;
 mod kmod;
 mod machine;
 mod preflight;
 
+use std::ops::Range;
+
 use serde::{Deserialize, Serialize};
 
+pub use foreseen::{Answers, Foreseen};
 pub use machine::{fits, MachineFacts};
 pub use preflight::{limits_of, look_again, needs, preflight, recheck, Needs};
 
@@ -65,46 +69,17 @@ pub struct CaptureContext<'a> {
     /// Its files in `/proc`, open perhaps from a capture before.
     pub files: &'a Kept,
     pub questions: &'a Questions,
-    /// Read before it was stopped; to be confirmed when nobody waits for it.
+    /// Known before it was stopped; to be confirmed when nobody waits for it.
     pub foreseen: Option<&'a Foreseen>,
+    /// Where its heap lies, as of a look at its mappings at this stop.
+    pub heap: Option<Range<u64>>,
 }
 
-/// What files tell of a process that hardly ever changes, and never by itself.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Foreseen {
-    bounds: Bounds,
-    told: Told,
-}
-
-impl Foreseen {
-    /// # Errors
-    /// [`Error::Gone`], [`Error::Bad`].
-    pub fn by(files: &Kept) -> Result<Foreseen> {
-        Ok(Foreseen {
-            bounds: Bounds::from_files(files)?,
-            told: Told::by(files)?,
-        })
-    }
-
-    /// What is another by now.
-    ///
-    /// # Errors
-    /// As [`Foreseen::by`].
-    pub fn confirm(&self, files: &Kept) -> Result<Vec<Obstacle>> {
-        let now = Foreseen::by(files)?;
-        let changed = |object: &str| {
-            let why = "it was changed in the moment of the move";
-            Obstacle::new(object, why, "try again")
-        };
-        let mut all = Vec::new();
-        if now.bounds != self.bounds {
-            all.push(changed("layout (prctl PR_SET_MM)"));
-        }
-        if now.told != self.told {
-            all.push(changed("oom_score_adj or coredump_filter"));
-        }
-        Ok(all)
-    }
+/// What a capture finds.
+pub struct Captured {
+    pub pcb: Pcb,
+    /// What the process said of itself, if it was asked at this stop.
+    pub answers: Option<Answers>,
 }
 
 /// What a process is asked that only itself can tell: put together before it stops.
@@ -130,6 +105,19 @@ impl Questions {
             brk: Bounds::ask(&mut batch),
             batch,
         }
+    }
+
+    /// # Errors
+    /// Those of a batch.
+    fn ask(&self, stopped: &mut Stopped) -> Result<Done> {
+        stopped.run(self.batch.clone())
+    }
+
+    /// What stands in the way by the answers.
+    fn obstacles(&self, done: &Done) -> Vec<Obstacle> {
+        let mut all = self.refusals.obstacles(done);
+        all.extend(Attributes::obstacles(&self.attributes, done));
+        all
     }
 }
 
@@ -352,13 +340,14 @@ impl Backend {
         }
     }
 
-    /// What [`Backend::capture`] need not read any more, if it is confirmed later.
+    /// What [`Backend::capture`] need not find out any more, if it is confirmed later;
+    /// `answers` are of a stop before.
     ///
     /// # Errors
     /// [`Error::Gone`], [`Error::Bad`].
-    pub fn foresee(&self, files: &Kept) -> Result<Option<Foreseen>> {
+    pub fn foresee(&self, files: &Kept, answers: Option<Answers>) -> Result<Option<Foreseen>> {
         match self {
-            Backend::Ptrace => Foreseen::by(files).map(Some),
+            Backend::Ptrace => Foreseen::by(files, answers).map(Some),
             Backend::Kmod(_) => Ok(None),
         }
     }
@@ -375,10 +364,13 @@ impl Backend {
         stopped: &mut Stopped,
         context: &CaptureContext,
         early: &mut dyn FnMut(Moving) -> Result<()>,
-    ) -> Result<Pcb> {
+    ) -> Result<Captured> {
         match self {
             Backend::Ptrace => capture_by_ptrace(stopped, context, early),
-            Backend::Kmod(k) => kmod::capture(k, stopped, context),
+            Backend::Kmod(k) => Ok(Captured {
+                pcb: kmod::capture(k, stopped, context)?,
+                answers: None,
+            }),
         }
     }
 
@@ -549,7 +541,7 @@ fn capture_by_ptrace(
     stopped: &mut Stopped,
     context: &CaptureContext,
     early: &mut dyn FnMut(Moving) -> Result<()>,
-) -> Result<Pcb> {
+) -> Result<Captured> {
     let pid = stopped.pid();
     let status = Status::again(context.files)?;
     stopped.signals_known(&status);
@@ -570,15 +562,21 @@ fn capture_by_ptrace(
         })?;
     }
     let asked = context.questions;
-    let done = stopped.run(asked.batch.clone())?;
+    let granted = context
+        .foreseen
+        .and_then(|f| f.answers(&status, context.heap.as_ref()));
+    let asked_now = match granted {
+        Some(_) => None,
+        None => Some(asked.ask(stopped)?),
+    };
+    let done = granted.or(asked_now.as_ref()).expect("one of them is");
 
-    obstacles.extend(asked.refusals.obstacles(&done));
-    obstacles.extend(Attributes::obstacles(&asked.attributes, &done));
+    obstacles.extend(asked.obstacles(done));
     let scheduling = Scheduling::capture(pid)?;
     obstacles.extend(scheduling.obstacles());
-    let foreseen = match context.foreseen {
-        Some(foreseen) => foreseen.clone(),
-        None => Foreseen::by(context.files)?,
+    let (bounds, told) = match context.foreseen {
+        Some(foreseen) => (foreseen.bounds.clone(), foreseen.told),
+        None => (Bounds::from_files(context.files)?, Told::by(context.files)?),
     };
     let restart = match restart {
         Err(Error::Refused(more)) => {
@@ -590,17 +588,19 @@ fn capture_by_ptrace(
     if !obstacles.is_empty() {
         return Err(Error::Refused(obstacles));
     }
-    Ok(Pcb {
+    let pcb = Pcb {
         registers,
-        areas: UserAreas::capture(stopped, asked.attributes.tid_address(&done))?,
+        areas: UserAreas::capture(stopped, asked.attributes.tid_address(done))?,
         restart,
-        signals: Signals::capture(queues, stopped.sigmask(), &asked.signals, &done),
-        credentials: Credentials::capture(&status, asked.securebits, &done),
-        limits: Limits::capture(&asked.limits, &done),
+        signals: Signals::capture(queues, stopped.sigmask(), &asked.signals, done),
+        credentials: Credentials::capture(&status, asked.securebits, done),
+        limits: Limits::capture(&asked.limits, done),
         scheduling,
-        attributes: Attributes::capture(foreseen.told, &status, &asked.attributes, &done),
-        bounds: foreseen.bounds.capture(asked.brk, &done),
-    })
+        attributes: Attributes::capture(told, &status, &asked.attributes, done),
+        bounds: bounds.capture(asked.brk, done),
+    };
+    let answers = asked_now.map(|done| Answers::new(done, status, pcb.bounds.brk));
+    Ok(Captured { pcb, answers })
 }
 
 fn husk_credentials(status: &Status) -> Credentials {

@@ -1,17 +1,18 @@
 //! What stands in the way, seen from outside and without stopping anything.
 
+use std::ffi::OsString;
 use std::fs::{self, File};
-use std::io::{self, Read};
-use std::path::PathBuf;
+use std::io::Read;
 use std::sync::OnceLock;
 
+use nix::errno::Errno;
 use procfs::process::{LimitValue, Limits as LimitsText};
 use procfs::FromBufRead;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Context, Error, Obstacle, Result};
-use crate::proc;
 use crate::proc::status::Status;
+use crate::proc::{self, Kept};
 use crate::state::credentials::Credentials;
 use crate::state::limits::{Limit, Limits};
 use crate::state::scheduling::Scheduling;
@@ -93,7 +94,7 @@ pub fn preflight(pid: i32) -> Result<Vec<Obstacle>> {
         ));
     }
     all.extend(in_status(&status));
-    all.extend(beside(pid, status.threads)?);
+    all.extend(beside(&Kept::of(pid), status.threads)?);
     all.extend(Scheduling::capture(pid)?.obstacles());
     all.extend(memory_nodes(pid)?);
     Ok(all)
@@ -133,8 +134,8 @@ pub fn recheck(stopped: &Stopped, status: &Status) -> Vec<Obstacle> {
 ///
 /// # Errors
 /// [`Error::Gone`]; those of procfs.
-pub fn look_again(pid: i32) -> Result<Vec<Obstacle>> {
-    beside(pid, 1)
+pub fn look_again(files: &Kept) -> Result<Vec<Obstacle>> {
+    beside(files, 1)
 }
 
 fn states(status: &Status) -> Vec<Obstacle> {
@@ -194,11 +195,11 @@ fn in_status(status: &Status) -> Vec<Obstacle> {
 }
 
 /// What other files tell of it.
-fn beside(pid: i32, threads: u64) -> Result<Vec<Obstacle>> {
+fn beside(files: &Kept, threads: u64) -> Result<Vec<Obstacle>> {
     let mut all = Vec::new();
     let children = match threads {
-        1 => children_of(pid, pid)?,
-        _ => children(pid)?,
+        1 => children_of(files, files.pid())?,
+        _ => children(files)?,
     };
     if !children.is_empty() {
         let list: Vec<String> = children.iter().take(8).map(i32::to_string).collect();
@@ -209,19 +210,19 @@ fn beside(pid: i32, threads: u64) -> Result<Vec<Obstacle>> {
             "wait until they have ended and were waited for",
         ));
     }
-    all.extend(timers(pid)?);
-    all.extend(namespaces(pid)?);
-    all.extend(label(pid));
+    all.extend(timers(files)?);
+    all.extend(namespaces(files)?);
+    all.extend(label(files));
     Ok(all)
 }
 
 /// Children of any thread, dead ones that nobody waited for included.
-fn children(pid: i32) -> Result<Vec<i32>> {
-    let tasks = format!("/proc/{pid}/task");
+fn children(files: &Kept) -> Result<Vec<i32>> {
+    let tasks = format!("/proc/{}/task", files.pid());
     let mut all = Vec::new();
     for task in fs::read_dir(&tasks).context("list", &tasks)?.flatten() {
         if let Some(thread) = task.file_name().to_str().and_then(|n| n.parse().ok()) {
-            all.extend(children_of(pid, thread)?);
+            all.extend(children_of(files, thread)?);
         }
     }
     all.sort_unstable();
@@ -229,15 +230,15 @@ fn children(pid: i32) -> Result<Vec<i32>> {
     Ok(all)
 }
 
-fn children_of(pid: i32, thread: i32) -> Result<Vec<i32>> {
-    match proc::text(pid, &format!("task/{thread}/children")) {
+fn children_of(files: &Kept, thread: i32) -> Result<Vec<i32>> {
+    match files.text(format!("task/{thread}/children")) {
         Ok(text) => Ok(text
             .split_whitespace()
             .filter_map(|w| w.parse::<i32>().ok())
             .collect()),
         // A kernel without CONFIG_PROC_CHILDREN, or a thread that ended.
         Err(Error::Os { cause, .. }) if cause.raw_os_error() == Some(libc::ENOENT) => {
-            children_by_parent(pid)
+            children_by_parent(files.pid())
         }
         Err(e) => Err(e),
     }
@@ -252,8 +253,8 @@ fn children_by_parent(pid: i32) -> Result<Vec<i32>> {
         .collect())
 }
 
-fn timers(pid: i32) -> Result<Vec<Obstacle>> {
-    let text = match proc::text(pid, "timers") {
+fn timers(files: &Kept) -> Result<Vec<Obstacle>> {
+    let text = match files.text("timers") {
         // Kernels without CONFIG_POSIX_TIMERS have none to show.
         Err(Error::Os { cause, .. }) if cause.raw_os_error() == Some(libc::ENOENT) => {
             return Ok(Vec::new())
@@ -273,22 +274,26 @@ fn timers(pid: i32) -> Result<Vec<Obstacle>> {
         .collect())
 }
 
-fn namespaces(pid: i32) -> Result<Vec<Obstacle>> {
+fn namespaces(files: &Kept) -> Result<Vec<Obstacle>> {
     let mut all = Vec::new();
     // pmig stays where it is.
-    static OWN: OnceLock<[Option<PathBuf>; NAMESPACES.len()]> = OnceLock::new();
-    let own = OWN.get_or_init(|| NAMESPACES.map(|name| namespace("self", name).ok()));
+    static OWN: OnceLock<[Option<OsString>; NAMESPACES.len()]> = OnceLock::new();
+    let own = OWN.get_or_init(|| {
+        let own = Kept::of(std::process::id() as i32);
+        NAMESPACES.map(|name| own.namespace(name).ok())
+    });
     for (i, name) in NAMESPACES.into_iter().enumerate() {
         let Some(own) = own[i].as_ref() else {
             continue; // not in this kernel
         };
-        let theirs = match namespace(&pid.to_string(), name) {
+        let theirs = match files.namespace(name) {
             Ok(l) => l,
             // Before the first child there is no namespace for children.
-            Err(e) if e.raw_os_error() == Some(libc::ENOENT) && name == "pid_for_children" => {
-                continue
+            Err(Errno::ENOENT) if name == "pid_for_children" => continue,
+            Err(e) => {
+                let object = format!("/proc/{}/ns/{name}", files.pid());
+                return Err(e).context("read", object);
             }
-            Err(e) => return Err(e).context("read", format!("/proc/{pid}/ns/{name}")),
         };
         if *own != theirs {
             all.push(Obstacle::new(
@@ -301,18 +306,16 @@ fn namespaces(pid: i32) -> Result<Vec<Obstacle>> {
     Ok(all)
 }
 
-fn namespace(who: &str, name: &str) -> io::Result<PathBuf> {
-    fs::read_link(format!("/proc/{who}/ns/{name}"))
-}
-
 /// A label of AppArmor or SELinux confines what the target would not.
-fn label(pid: i32) -> Option<Obstacle> {
-    let read = |who: &str| proc::setting(&format!("/proc/{who}/attr/current"));
+fn label(files: &Kept) -> Option<Obstacle> {
+    let read = |of: &Kept| of.text("attr/current").ok();
     let clean = |l: String| l.trim_matches(['\0', '\n', ' ']).to_string();
     static OWN: OnceLock<Option<String>> = OnceLock::new();
     // Where pmig itself has none to read, no security module labels anything.
-    let own = OWN.get_or_init(|| read("self").map(clean)).as_ref()?;
-    let theirs = clean(read(&pid.to_string())?);
+    let own = OWN
+        .get_or_init(|| read(&Kept::of(std::process::id() as i32)).map(clean))
+        .as_ref()?;
+    let theirs = clean(read(files)?);
     let free = theirs.is_empty() || theirs == "unconfined" || theirs == "kernel";
     if free || *own == theirs {
         return None;
