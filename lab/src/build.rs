@@ -13,6 +13,7 @@ const TRIPLE: &str = "x86_64-unknown-linux-gnu";
 pub const SAMPLES: &[&str] = &[
     "attributes",
     "clocks",
+    "fickle",
     "files",
     "forking",
     "iterative",

@@ -121,6 +121,7 @@ fn samples(lab: &Lab) -> Result<()> {
         "memory lines=60 pace_us=0",
         "attributes lines=5 pace_us=0",
         "attributes lines=5 pace_us=0 as=user",
+        "fickle lines=20 pace_us=0",
         "files lines=20 pace_us=0",
         "generators.py 20 0",
         "closures.pl 20 0",

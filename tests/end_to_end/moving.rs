@@ -67,6 +67,10 @@ const CLAIMS: &[Claim] = &[
         run(lab, way, "attributes lines=150 as=user")
     }),
     (
+        "a_program_that_changes_its_settings_all_the_time_moves_with_the_last_of_them",
+        fickle,
+    ),
+    (
         "descriptors_keep_their_offsets_flags_and_sharing",
         |lab, way| {
             let quick = &["pace_us=0", "prefix=/srv/work/unmoved/files"];
@@ -116,6 +120,17 @@ pub fn trials() -> Vec<Trial> {
 
 fn run(lab: &Lab, way: Way, line: &str) -> Result<()> {
     moves(lab, line, way, QUICK).map(drop)
+}
+
+fn fickle(lab: &Lab, way: Way) -> Result<()> {
+    let moved = moves(lab, "fickle lines=250", way, QUICK)?;
+    // The module reads them when it stands still, and a file is not in a hurry.
+    if way.pcb == "ptrace" && way.through == Through::Wire {
+        let again = "changed in the moment of the move; all of it begins again";
+        let told = moved.output.out();
+        ensure!(told.contains(again), "{told}");
+    }
+    Ok(())
 }
 
 /// Emulated machines give out the same addresses again and again, for speed.

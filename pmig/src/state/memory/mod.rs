@@ -1,6 +1,7 @@
 //! Memory: the address space, which pages must travel, and how they get there.
 
 mod delta;
+mod kernel;
 mod layout;
 mod missing;
 mod ranges;
@@ -10,9 +11,10 @@ mod track;
 mod writes;
 
 pub use delta::Delta;
+pub use kernel::Kernel;
 pub use layout::{
-    apply, file_of, first_look, resident, steps, Backing, Kernel, Layout, MappedFile, Step, Vma,
-    BOTTOM, PAGE, TOP,
+    apply, file_of, first_look, resident, steps, Backing, Layout, MappedFile, Step, Vma, BOTTOM,
+    PAGE, TOP,
 };
 pub use missing::{page_of, Missing};
 pub use ranges::Ranges;
