@@ -59,9 +59,10 @@ fn text(error: impl std::fmt::Display) -> String {
 
 fn main() -> ExitCode {
     run(|| {
-        let args = Args::new(&["lines", "pace_us"])?;
+        let args = Args::new(&["lines", "pace_us", "resident_mb"])?;
         let pace = Pace::new(&args, 10_000)?;
         let mut mix = Mix(1);
+        let resident = vec![1u8; args.number("resident_mb", 0)? as usize * (1 << 20)];
         let mut out = std::io::stdout();
         for number in 0..args.number("lines", 400)? {
             let settings = Settings::of(number);
@@ -74,6 +75,9 @@ fn main() -> ExitCode {
                 return Err(format!("{number}: {settings:?} has become {now:?}"));
             }
         }
-        Ok(mix.0)
+        match resident.iter().all(|byte| *byte == 1) {
+            true => Ok(mix.0),
+            false => Err("its memory is not what it was".to_owned()),
+        }
     })
 }

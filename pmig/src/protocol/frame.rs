@@ -289,6 +289,34 @@ mod tests {
     }
 
     #[test]
+    fn what_is_read_ahead_comes_in_order_and_goes_with_a_cut() {
+        let (a, b) = crate::transport::pair("a", "b").unwrap();
+        let (mut from, mut to) = (Wire::new(a), Wire::new(b));
+        to.read_ahead();
+        let raw: Vec<u8> = (0..3 * MOST_EARLY).map(|n| (n % 251) as u8).collect();
+        for (n, len) in [(1u64, 0), (2, 10), (3, raw.len()), (4, MOST_EARLY + 1)] {
+            from.queue_with(&n, &raw[..len]).unwrap();
+        }
+        from.send(&5u64).unwrap();
+        for (n, len) in [(1u64, 0), (2, 10), (3, raw.len()), (4, MOST_EARLY + 1)] {
+            assert_eq!(to.recv::<u64>().unwrap(), n);
+            let mut got = vec![0; len];
+            to.recv_raw(&mut got).unwrap();
+            assert_eq!(got, raw[..len], "behind {n}");
+        }
+        assert!(to.is_ahead());
+        assert_eq!(to.recv::<u64>().unwrap(), 5);
+        assert!(!to.is_ahead());
+        assert_eq!(to.received, from.sent);
+
+        from.queue_with(&6u64, &[]).unwrap();
+        from.send(&7u64).unwrap();
+        assert_eq!(to.recv::<u64>().unwrap(), 6);
+        to.link().cut();
+        assert!(to.recv::<u64>().is_err());
+    }
+
+    #[test]
     fn a_hostile_length_inside_a_message_allocates_nothing() {
         // A vector that claims 2^60 elements.
         let body = [253, 0, 0, 0, 0, 0, 0, 0, 16];

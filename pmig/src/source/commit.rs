@@ -23,15 +23,6 @@ impl Run<'_> {
         self.begin(Phase::Ready);
         b.keeper.enter(Phase::Ready)?;
         self.send_typed(b)?;
-        // What comes after this is passed on when it runs there.
-        let late = self.late_signals()?;
-        if late != 0 {
-            return Err(Error::Refused(vec![Obstacle::new(
-                "signals",
-                format!("one came in the moment of the move (mask {late:#x})"),
-                "try again",
-            )]));
-        }
         let there = loop {
             match answer(&mut self.wire)? {
                 ToSource::Ready(there) => break there,
@@ -43,7 +34,16 @@ impl Run<'_> {
         };
         self.wait_in_parts(there);
         fault::point(Phase::Ready, Role::Source, || self.wire.link().cut());
-        interrupt::check()
+        interrupt::check()?;
+        let late = self.late_signals()?;
+        if late != 0 {
+            return Err(Error::Refused(vec![Obstacle::new(
+                "signals",
+                format!("one came in the moment of the move (mask {late:#x})"),
+                "try again",
+            )]));
+        }
+        Ok(())
     }
 
     /// Sends the order to let it run, and hears when it does.

@@ -113,29 +113,49 @@ pub fn migrate(
 ) -> std::result::Result<Summary, Failure> {
     let begun = Instant::now();
     // What goes into a file waits for nobody.
-    let mut cautious = matches!(addr, Addr::File(_));
-    loop {
-        let mut run =
-            Run::hello(pid, addr, options, progress, false).map_err(|error| never(pid, error))?;
-        run.cautious = cautious;
-        let moved = run.through(begun);
-        if moved.as_ref().is_err_and(|f| f.outcome.is_decided_here()) {
-            // Whoever tries again at once shall not find the place taken by what
-            // this attempt has built.
-            run.wire.part(PARTING);
-        }
-        match moved {
-            Err(Failure {
-                error: error @ Error::Changed { .. },
-                outcome: Outcome::RunsOn { .. },
-            }) if !cautious => {
-                let text = format!("{error}; all of it begins again");
-                run.progress.event(&Event::Note { text });
-                cautious = true;
-            }
-            moved => return moved,
+    let cautious = matches!(addr, Addr::File(_));
+    let moved = attempt((pid, addr), options, progress, (begun, cautious));
+    let (stopped, error) = match moved {
+        Err(Failure {
+            error: error @ Error::Changed { .. },
+            outcome: Outcome::RunsOn { stopped },
+        }) if !cautious => (stopped, error),
+        moved => return moved,
+    };
+    let ms = stopped.as_secs_f64() * 1e3;
+    progress.event(&Event::Note {
+        text: format!("{error}; it stood still for {ms:.1} ms, and all of it begins again"),
+    });
+    attempt((pid, addr), options, progress, (begun, true)).map_err(|failure| Failure {
+        outcome: match failure.outcome {
+            Outcome::NeverStopped => Outcome::RunsOn { stopped },
+            outcome => outcome,
+        },
+        ..failure
+    })
+}
+
+/// `cautious`: nothing is taken for granted of the program at the freeze.
+fn attempt(
+    (pid, addr): (i32, &Addr),
+    options: &Options,
+    progress: &mut dyn Progress,
+    (begun, cautious): (Instant, bool),
+) -> std::result::Result<Summary, Failure> {
+    let mut run =
+        Run::hello(pid, addr, options, progress, false).map_err(|error| never(pid, error))?;
+    run.cautious = cautious;
+    let moved = run.through(begun);
+    if let Err(failure) = &moved {
+        // Whoever tries again at once shall not find the place taken by what
+        // this attempt has built.
+        match &failure.error {
+            Error::Changed { .. } => run.wire.part(PATIENCE),
+            _ if failure.outcome.is_decided_here() => run.wire.part(PARTING),
+            _ => {}
         }
     }
+    moved
 }
 
 /// Whether a process could move, and what stands in its way.

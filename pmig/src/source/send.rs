@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::later::Outlook;
 use super::{answer, unexpected, Building, Run, LITTLE};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::fault::{self, Role};
 use crate::holder;
 use crate::interrupt;
@@ -95,10 +95,8 @@ impl Run<'_> {
         self.compare_clocks()?;
         self.slow |= self.postponed && self.difference.error() > SLOW_ANSWER;
         self.descriptors.recheck()?;
-        match pcb::look_again(&self.entries)? {
-            o if o.is_empty() => {}
-            o => return Err(Error::Refused(o)),
-        }
+        // Opens what is read at the freeze; what is found now may be gone by then.
+        pcb::look_again(&self.entries)?;
         self.holder = holder::find(self.pid)?;
         self.send_ahead(table, &b.tracker.layout)?;
         self.ended(Phase::Copy, format!("{} rounds", self.rounds), begun);

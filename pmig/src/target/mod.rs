@@ -361,6 +361,7 @@ impl Building {
         let clock = ProgramClock {
             offset: clock.ahead.monotonic,
         };
+        let keeps_room = self.present.keeps_room_in(&pcb);
         if came_true.is_some() {
             self.present.complete(&pcb)?;
         } else {
@@ -374,7 +375,8 @@ impl Building {
         let prepare = |husk: &mut Husk| backend.prepare(husk.stopped(), &pcb, clock);
         // Mostly nothing more is to be done inside it, and if so, all of this again.
         let is_prepared = came_true.is_some() || {
-            let early = self.filler.is_none() && !pcb.moving().has_signals();
+            let repeatable = keeps_room && !pcb.moving().has_signals();
+            let early = repeatable && self.filler.is_none();
             if early {
                 prepare(self.husk()?)?;
                 self.laps.add("registers");

@@ -214,8 +214,9 @@ impl<'a> Story<'a> {
     }
 
     fn stood_still(&self, stopped: Option<Duration>) -> Option<(Duration, Duration)> {
-        let begins = |phase| self.phases.iter().find(|s| s.phase == phase);
-        let from = begins(Phase::Freeze)?.from;
+        // Of what began again the last.
+        let mut freezes = self.phases.iter().filter(|s| s.phase == Phase::Freeze);
+        let from = freezes.next_back()?.from;
         // Whatever comes behind the commit, it runs then.
         let mut behind = self.phases.iter().skip_while(|s| s.phase != Phase::Commit);
         let released = behind.nth(1).map_or(self.end, |s| s.from);

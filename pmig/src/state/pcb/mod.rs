@@ -243,8 +243,14 @@ impl Present {
     fn is_left_free_by(&self, pcb: &Pcb) -> bool {
         pcb.credentials == self.credentials
             && pcb.attributes == pcb.attributes.ahead()
-            && !pcb.limits.differ_in_memory(&self.limits)
+            && self.keeps_room_in(pcb)
             && pcb.signals == pcb.signals.ahead()
+    }
+
+    /// Whether calls of ours are still given the memory that they need when all of this
+    /// is in force.
+    pub fn keeps_room_in(&self, pcb: &Pcb) -> bool {
+        !pcb.limits.differ_in_memory(&self.limits)
     }
 
     /// What [`Backend::restore_likely`] leaves, when nothing more is to be done inside
