@@ -1,9 +1,12 @@
 //! Faults injected by name, so that every phase can be broken on purpose:
-//! `PMIG_FAULT=<phase>:<kill|cut|stall>:<source|target|keeper>`.
+//! `PMIG_FAULT=<phase>:<kill|cut|stall>:<source|target|keeper>[:<n>]`.
 //!
-//! The variable is read once. Without it every point is a load of a static.
+//! A phase may have several points; the fault is met at the nth that is reached, the
+//! first where none is named. The variable is read once. Without it every point is a load of a static.
 
+use std::fmt::{self, Display};
 use std::str::FromStr;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::OnceLock;
 use std::time::Duration;
 
@@ -52,6 +55,20 @@ pub struct Fault {
     pub phase: Phase,
     pub kind: Kind,
     pub role: Role,
+    /// At which point that is reached, from 1.
+    pub nth: u32,
+}
+
+impl Fault {
+    /// At the first point of a phase.
+    pub fn at(phase: Phase, kind: Kind, role: Role) -> Fault {
+        Fault {
+            phase,
+            kind,
+            role,
+            nth: 1,
+        }
+    }
 }
 
 impl FromStr for Fault {
@@ -66,11 +83,31 @@ impl FromStr for Fault {
         }
         let mut parts = s.split(':');
         let mut next = || parts.next().unwrap_or("");
+        let (phase, kind, role) = (next(), next(), next());
         Ok(Fault {
-            phase: next().parse()?,
-            kind: pick(&Kind::ALL, next())?,
-            role: pick(&Role::ALL, next())?,
+            phase: phase.parse()?,
+            kind: pick(&Kind::ALL, kind)?,
+            role: pick(&Role::ALL, role)?,
+            nth: match parts.next() {
+                None => 1,
+                Some(n) => n.parse().map_err(|_| format!("{n:?} is no number"))?,
+            },
         })
+    }
+}
+
+impl Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fn name<T: PartialEq>(all: &[(&'static str, T)], wanted: &T) -> &'static str {
+            let named = all.iter().find(|(_, t)| t == wanted);
+            named.map_or("", |(name, _)| name)
+        }
+        let (kind, role) = (name(&Kind::ALL, &self.kind), name(&Role::ALL, &self.role));
+        write!(f, "{}:{kind}:{role}", self.phase)?;
+        match self.nth {
+            1 => Ok(()),
+            n => write!(f, ":{n}"),
+        }
     }
 }
 
@@ -92,7 +129,11 @@ fn wanted() -> Option<Fault> {
 /// break the connection in both directions.
 pub fn point(phase: Phase, role: Role, cut: impl FnOnce()) {
     let Some(fault) = wanted() else { return };
+    static REACHED: AtomicU32 = AtomicU32::new(0);
     if fault.phase != phase || fault.role != role {
+        return;
+    }
+    if REACHED.fetch_add(1, Ordering::Relaxed) + 1 != fault.nth {
         return;
     }
     tracing::warn!("meeting the fault that was asked for: {fault:?}");

@@ -124,7 +124,7 @@ fn run(lab: &Lab, way: Way, line: &str) -> Result<()> {
 
 fn fickle(lab: &Lab, way: Way) -> Result<()> {
     // Long enough on its way for more than one line.
-    let mb = if lab.make() == Make::Vm { 1 } else { 200 };
+    let mb = if lab.make() == Make::Vm { 48 } else { 200 };
     let line = format!("fickle lines=250 resident_mb={mb}");
     let moved = moves(lab, &line, way, QUICK)?;
     // The module reads them when it stands still, and a file is not in a hurry.

@@ -153,19 +153,11 @@ fn plan(seed: u64, options: &Options) -> (u64, Vec<Hop>) {
                 more += &format!(" {option} {value}");
             }
         }
-        let name = |(kind, role, phase): (_, _, Phase)| format!("{phase}:{kind}:{role}");
-        let kind = dice.pick(&Kind::ALL);
-        let role = dice.pick(&Role::ALL);
-        let phase = dice.pick(&Phase::ALL);
-        let fault = Fault {
-            phase,
-            kind: kind.1,
-            role: role.1,
-        };
+        let (_, kind) = dice.pick(&Kind::ALL);
+        let (_, role) = dice.pick(&Role::ALL);
+        let fault = Fault::at(dice.pick(&Phase::ALL), kind, role);
         let lines = dice.below(12) as usize;
-        let fault = dice
-            .one_in(4)
-            .then(|| (name((kind.0, role.0, phase)), fault));
+        let fault = dice.one_in(4).then(|| (fault.to_string(), fault));
         Hop { lines, more, fault }
     };
     (megabytes, (0..hops).map(hop).collect())

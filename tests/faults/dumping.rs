@@ -13,10 +13,10 @@ use std::time::Duration;
 pub fn trials() -> Vec<Trial> {
     let mut trials = Vec::new();
     for phase in Phase::ALL {
-        for (kind_name, kind) in Kind::ALL {
+        for (_, kind) in Kind::ALL {
             for (role_name, role) in Role::ALL {
-                let fault = Fault { phase, kind, role };
-                let text = format!("{phase}:{kind_name}:{role_name}");
+                let fault = Fault::at(phase, kind, role);
+                let text = fault.to_string();
                 // What is written to has no process of its own; what is restored
                 // has only that.
                 if role == Role::Target {
@@ -35,13 +35,13 @@ pub fn trials() -> Vec<Trial> {
                     "faults::{}_{role_name}_at_{phase}_of_a_dump_leaves_it_here_or_in_the_file",
                     done_to(kind)
                 );
+                let name = text.clone();
                 let body = move |lab: &Lab| {
-                    let cell = Cell::new(lab, &format!("dump:{text}"))?;
-                    meet(&cell, &text, fault).with_context(|| format!("logs: {}", cell.log()))
+                    let cell = Cell::new(lab, &format!("dump:{name}"))?;
+                    meet(&cell, &name, fault).with_context(|| format!("logs: {}", cell.log()))
                 };
                 trials.push(Trial::new(Make::Netns, claim, body).bare());
                 if kind == Kind::Kill {
-                    let text = format!("{phase}:{kind_name}:{role_name}");
                     let claim = format!(
                         "faults::{}_{role_name}_at_{phase}_of_a_copy_leaves_it_running",
                         done_to(kind)

@@ -545,6 +545,7 @@ impl<'a> Run<'a> {
             .send(&ToTarget::Complete(shipped))
             .map_err(|e| self.better(e))?;
         self.part("files");
+        fault::point(Phase::Freeze, Role::Source, || self.wire.link().cut());
         // All is on its way: what stands still can be put in order and looked at
         // meanwhile.
         self.confirm(&mut stopped, answers.is_some())?;
@@ -563,6 +564,7 @@ impl<'a> Run<'a> {
             .ok_or_else(|| Error::bad("migration", "the program is held by nobody"))?;
         let frozen = hold.freeze(hold::PATIENCE)?;
         self.laps.add("held");
+        fault::point(Phase::Freeze, Role::Source, || self.wire.link().cut());
         // From here on its cgroup holds it, whatever becomes of us.
         b.restart.going_on(&mut stopped)?;
         if let Err(e) = stopped.detach() {

@@ -315,7 +315,10 @@ impl Building {
                 ToTarget::Later(runs) => self.later(&runs)?,
                 ToTarget::Rehearse(last) => self.rehearse(&last, backend),
                 ToTarget::Ahead(known) => self.restore_ahead(*known, backend)?,
-                ToTarget::Likely { moving, clock } => self.expect(*moving, clock, backend)?,
+                ToTarget::Likely { moving, clock } => {
+                    self.expect(*moving, clock, backend)?;
+                    fault::point(Phase::Freeze, Role::Target, || wire.link().cut());
+                }
                 ToTarget::Final(last) => break last,
                 ToTarget::Since(since) => break Box::new(self.put_together(*since)?),
                 other => return Err(out_of_turn(wire, &other)),
@@ -423,6 +426,7 @@ impl Building {
         self.holder_lives()?;
         let peak = peak();
         wire.send(&ToSource::Ready(Ready { peak, ..times }))?;
+        fault::point(Phase::Ready, Role::Target, || wire.link().cut());
         // While the source hears it. Should it fail, the order is refused.
         self.let_cgroup_hold()?;
         self.descriptors.close();
