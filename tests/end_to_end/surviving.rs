@@ -71,7 +71,8 @@ fn restore_killed(lab: &Lab) -> Result<()> {
     let program = Program::start(a, "iterative lines=150")?;
     program.wait_lines(a, 5)?;
     dump(a, &program, "/srv/work/x", "", &[])?.ok()?;
-    let cmd = Cmd::new(["pmig", "restore", "/srv/work/x"]).env("PMIG_FAULT", "ready:stall:target:2");
+    let cmd =
+        Cmd::new(["pmig", "restore", "/srv/work/x"]).env("PMIG_FAULT", "ready:stall:target:2");
     let restore = a.spawn(&cmd, "/tmp/restore")?;
     wait("a husk that is ready", LIMIT, || {
         Ok(
