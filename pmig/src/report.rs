@@ -30,7 +30,9 @@ impl Progress for Silent {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum Event {
-    /// Known once the target has accepted.
+    /// Known once the target has accepted. Of a migration that begins again, which a
+    /// note says, they come again, under another id, and all phases from
+    /// [`Phase::Hello`] on.
     Facts(Facts),
     /// A phase begins.
     Phase { phase: Phase },
