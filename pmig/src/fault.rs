@@ -2,7 +2,8 @@
 //! `PMIG_FAULT=<phase>:<kill|cut|stall>:<source|target|keeper>[:<n>]`.
 //!
 //! A phase may have several points; the fault is met at the nth that is reached, the
-//! first where none is named. The variable is read once. Without it every point is a load of a static.
+//! first where none is named. The variable is read once. Without it every point is a
+//! load of a static.
 
 use std::fmt::{self, Display};
 use std::str::FromStr;
