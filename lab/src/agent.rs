@@ -424,11 +424,14 @@ fn process(pid: u32) -> Option<Process> {
     let mut fields = stat.get(close + 1..)?.split_whitespace();
     let state = fields.next()?.chars().next()?;
     let ppid = fields.next()?.parse().ok()?;
+    // proc_pid_stat(5): the state is field 3, the number of threads 20.
+    let threads = fields.nth(15)?.parse().ok()?;
     let cmdline = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
     Some(Process {
         pid,
         ppid,
         state,
+        threads,
         comm: stat.get(open + 1..close)?.to_owned(),
         cmdline: cmdline
             .split(|&byte| byte == 0)

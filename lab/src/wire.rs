@@ -149,8 +149,18 @@ pub struct Process {
     pub ppid: u32,
     /// The state letter of proc_pid_stat(5).
     pub state: char,
+    /// Those that have not ended, and the first one even then.
+    pub threads: u32,
     pub comm: String,
     pub cmdline: Vec<String>,
+}
+
+impl Process {
+    /// Whether it holds nothing any more: the first thread's state says it of that
+    /// thread only.
+    pub fn is_dead(&self) -> bool {
+        self.state == 'Z' && self.threads <= 1
+    }
 }
 
 /// A host's clocks in nanoseconds.

@@ -151,7 +151,7 @@ fn kill_both(cell: &Cell, moving: Moving) -> Result<()> {
     }
     for pid in both {
         cell.a.wait_for("its end", LIMIT, &mut || {
-            Ok(cell.a.process(pid)?.is_none_or(|p| p.state == 'Z'))
+            Ok(cell.a.process(pid)?.is_none_or(|p| p.is_dead()))
         })?;
     }
     Ok(())
