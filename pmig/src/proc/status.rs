@@ -45,6 +45,37 @@ pub struct Status {
     pub tagged_addresses: bool,
 }
 
+/// What a process holds of memory, by kinds, in kB.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Held {
+    pub anonymous: u64,
+    pub of_files: u64,
+    pub shared: u64,
+    pub swapped: u64,
+}
+
+impl Held {
+    /// Of a process whose files are kept open.
+    ///
+    /// # Errors
+    /// [`Error::Gone`], or [`Error::Bad`] where the text is not a status.
+    pub fn again(files: &Kept) -> Result<Held> {
+        let text = files.text("status")?;
+        let of = |name: &str| {
+            let line = text.lines().find_map(|line| line.strip_prefix(name));
+            let kb = line.and_then(|rest| rest.trim().strip_suffix(" kB"));
+            kb.and_then(|kb| kb.trim_end().parse().ok())
+                .ok_or_else(|| Error::bad(format!("{name} of {}", files.pid()), "is no number"))
+        };
+        Ok(Held {
+            anonymous: of("RssAnon:")?,
+            of_files: of("RssFile:")?,
+            shared: of("RssShmem:")?,
+            swapped: of("VmSwap:")?,
+        })
+    }
+}
+
 impl Status {
     /// # Errors
     /// [`Error::Gone`], or [`Error::Bad`] where the text is not a status.

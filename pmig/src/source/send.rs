@@ -24,6 +24,9 @@ const WORTH_WHILE: f64 = 1e-3;
 /// Half of a round trip, in nanoseconds, to a target that takes its time for what it
 /// is to drop as well.
 const SLOW_ANSWER: i64 = 100_000;
+/// Looks right before the stop of a large program, at most, so that the last one is a
+/// quick one: none is, where what it writes to changes all the time.
+const CLOSE_LOOKS: u32 = 4;
 /// Bytes that are read, and sent, at once.
 const PIECE: u64 = MAX_RAW as u64;
 
@@ -107,6 +110,16 @@ impl Run<'_> {
     /// come, so that still less is left when the program stops. Of what is to follow
     /// later the target drops what it has.
     pub(super) fn send_meanwhile(&mut self, b: &mut Building) -> Result<()> {
+        if !self.postponed && b.tracker.counts_faults() {
+            for _ in 0..CLOSE_LOOKS {
+                let found = b.tracker.look_closely()?;
+                self.send_found(b, &found)?;
+                if b.tracker.is_accounted() {
+                    break;
+                }
+            }
+            return Ok(());
+        }
         if !self.slow {
             return Ok(());
         }
@@ -114,10 +127,14 @@ impl Run<'_> {
         if self.postponed {
             b.tracker.postpone(&mut found, &[], 0);
         }
-        self.send_layout(&b.tracker, &found)?;
-        self.send_drops(&found)?;
+        self.send_found(b, &found)
+    }
+
+    fn send_found(&mut self, b: &mut Building, found: &Found) -> Result<()> {
+        self.send_layout(&b.tracker, found)?;
+        self.send_drops(found)?;
         let keeper = &mut b.keeper;
-        self.send_pages(&mut b.tracker, &found, &mut |_, _| keeper.alive())
+        self.send_pages(&mut b.tracker, found, &mut |_, _| keeper.alive())
     }
 
     /// One round; returns its rate in bytes per second.

@@ -17,6 +17,8 @@ pub mod category {
     pub const SWAPPED: u64 = 1 << 4;
     /// The shared page of zeros.
     pub const PFNZERO: u64 = 1 << 5;
+    /// Part of a huge page that is mapped as one.
+    pub const HUGE: u64 = 1 << 6;
 }
 
 /// What an entry of the file says of its page.

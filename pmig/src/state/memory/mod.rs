@@ -1,5 +1,6 @@
 //! Memory: the address space, which pages must travel, and how they get there.
 
+mod counts;
 mod delta;
 mod kernel;
 mod layout;

@@ -8,6 +8,7 @@ use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
+use self::faults::Faults;
 use super::layout::{steps, Backing, Layout, Step, Vma, PAGE};
 use super::ranges::{neighbours, push, span, without, Ranges};
 use super::writes::{begin, Nothing, Part, Then, Tracking, Writes};
@@ -63,7 +64,7 @@ impl Found {
 }
 
 /// How the mappings of a program that stands still compare with the last list.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 enum Standing {
     /// They are others, or it is as quick to list them again.
     Changed,
@@ -72,6 +73,8 @@ enum Standing {
     SameLines,
     /// They are the same.
     Same,
+    /// The same, and of their pages these were written, in order, and no others.
+    Written(Vec<Range<u64>>),
 }
 
 /// Follows the memory of one process.
@@ -99,6 +102,7 @@ pub struct Tracker {
     dense: Vec<bool>,
     /// Whether all mappings of the last list are followed that can be.
     all_watched: bool,
+    faults: Faults,
 }
 
 impl Tracker {
@@ -140,6 +144,7 @@ impl Tracker {
             lines: Lines::default(),
             dense: Vec::new(),
             all_watched: false,
+            faults: Faults::of(pid),
         })
     }
 
@@ -165,6 +170,14 @@ impl Tracker {
     /// Looks while the program runs: what is found counts as clean from then
     /// on, and must be sent.
     pub fn look(&mut self) -> Result<Found> {
+        let mut found = self.look_once()?;
+        self.settle_owed(&mut found);
+        self.faults.note(&found);
+        Ok(found)
+    }
+
+    /// What a look finds by itself.
+    fn look_once(&mut self) -> Result<Found> {
         let (mut found, renewed) = self.list()?;
         if !self.tracks() {
             return Ok(found);
@@ -178,7 +191,6 @@ impl Tracker {
             }
             self.scan(&vma, dense, &renewed, Then::Clean, &mut found)?;
         }
-        self.settle_owed(&mut found);
         Ok(found)
     }
 
@@ -223,11 +235,12 @@ impl Tracker {
     /// The program has ended, or has executed another one.
     pub fn stands(&mut self) -> Result<bool> {
         let standing = self.compare()?;
+        let stands = matches!(standing, Standing::Same | Standing::Written(_));
         self.standing = Some(standing);
-        Ok(standing == Standing::Same)
+        Ok(stands)
     }
 
-    fn compare(&self) -> Result<Standing> {
+    fn compare(&mut self) -> Result<Standing> {
         let walked: u64 = self.seen.iter().map(|m| m.resident + AS_LONG).sum();
         if walked <= QUICKLY_WALKED || !self.is_unchanged()? {
             return Ok(Standing::Changed);
@@ -243,7 +256,10 @@ impl Tracker {
                 return Ok(Standing::Changed);
             }
         }
-        Ok(Standing::Same)
+        Ok(match self.all_written()? {
+            Some(written) => Standing::Written(written),
+            None => Standing::Same,
+        })
     }
 
     /// Whether no mapping has come, gone or changed since the last look, as far
@@ -275,6 +291,27 @@ impl Tracker {
     /// was unmapped and mapped again at the same place, and it is watched no
     /// longer.
     fn look_at_the_same(&mut self, standing: Standing) -> Result<Option<Found>> {
+        let changed = match standing {
+            Standing::Written(runs) => vec![self.of_the_program(runs)],
+            standing => match self.changed_in_the_same(&standing)? {
+                Some(changed) => changed,
+                None => return Ok(None),
+            },
+        };
+        self.layout.vmas.iter_mut().for_each(|v| v.fresh = false);
+        let mut found = Found::default();
+        for runs in changed {
+            self.categorise(&runs, &mut found)?;
+        }
+        let of_a_file = |v: &&Vma| v.is_private() && matches!(v.backing, Backing::File(_));
+        let files: Vec<Vma> = self.layout.vmas.iter().filter(of_a_file).cloned().collect();
+        for vma in files {
+            self.find_reverted(vma.range(), &mut found)?;
+        }
+        Ok(Some(found))
+    }
+
+    fn changed_in_the_same(&mut self, standing: &Standing) -> Result<Option<Vec<Vec<Range<u64>>>>> {
         let sparse = self.private().into_iter().filter(|(_, dense)| !dense);
         let sparse: Vec<Range<u64>> = sparse.map(|(vma, _)| vma.range()).collect();
         let stretches = self.stretches().into_iter().map(|r| (r, true));
@@ -295,17 +332,7 @@ impl Tracker {
                 None => return Ok(None),
             }
         }
-        self.layout.vmas.iter_mut().for_each(|v| v.fresh = false);
-        let mut found = Found::default();
-        for runs in changed {
-            self.categorise(&runs, &mut found)?;
-        }
-        let of_a_file = |v: &&Vma| v.is_private() && matches!(v.backing, Backing::File(_));
-        let files: Vec<Vma> = self.layout.vmas.iter().filter(of_a_file).cloned().collect();
-        for vma in files {
-            self.find_reverted(vma.range(), &mut found)?;
-        }
-        Ok(Some(found))
+        Ok(Some(changed))
     }
 
     /// What of these runs, in order, lies in mappings of the last list: beside those a
@@ -639,5 +666,6 @@ fn density(vmas: &[Vma], list: &[Mapping]) -> Vec<bool> {
     vmas.iter().map(&mut of).collect()
 }
 
+mod faults;
 #[cfg(test)]
 mod tests;

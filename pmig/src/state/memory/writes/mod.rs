@@ -15,6 +15,7 @@ use std::fs::File;
 use std::ops::Range;
 use std::str::FromStr;
 
+use super::counts::tells_exactly;
 use super::PAGE;
 use crate::error::{Context, Error, Obstacle, Result};
 use crate::proc::smaps::Mapping;
@@ -173,6 +174,7 @@ fn probe_uffd() -> Result<(), String> {
         .and_then(|fd| uffd::enable_async_wp(&fd))
         .map_err(|e| format!("no asynchronous write protection by userfaultfd: {e}"))?;
     protection::tells_holes();
+    tells_exactly();
     Ok(())
 }
 

@@ -1,0 +1,63 @@
+//! What the kernel counts of a process's memory.
+
+use std::sync::OnceLock;
+
+use super::PAGE;
+use crate::error::Result;
+use crate::proc::stat::Stat;
+use crate::proc::status::Held;
+use crate::proc::Kept;
+
+/// The counters of a process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Counts {
+    pub faults: u64,
+    pub held: Held,
+}
+
+impl Counts {
+    /// # Errors
+    /// As [`Stat::again`] and [`Held::again`].
+    pub fn read(files: &Kept) -> Result<Counts> {
+        // minflt, cminflt, majflt.
+        let [minor, _, major] = Stat::again(files)?.fields(10)?;
+        Ok(Counts {
+            faults: minor.wrapping_add(major),
+            held: Held::again(files)?,
+        })
+    }
+
+    /// Faults since then.
+    pub fn since(&self, before: &Counts) -> u64 {
+        self.faults.wrapping_sub(before.faults)
+    }
+}
+
+/// Whether this kernel tells exactly what a process holds (fs/proc/task_mmu.c,
+/// `task_mem`: get_mm_counter_sum()); others tell it by many pages at once. Tried
+/// once, before this process locks its memory.
+pub(super) fn tells_exactly() -> bool {
+    static TOLD: OnceLock<bool> = OnceLock::new();
+    *TOLD.get_or_init(|| (0..3).any(|_| try_exactness().unwrap_or(false)))
+}
+
+fn try_exactness() -> Result<bool> {
+    const PAGES: usize = 16;
+    let files = Kept::of(std::process::id() as i32);
+    // More than is ever taken from what was used before.
+    let mut room: Vec<u8> = Vec::new();
+    if room.try_reserve_exact(64 << 20).is_err() {
+        return Ok(false);
+    }
+    let mut last = Counts::read(&files)?;
+    for n in 1..=PAGES {
+        room.resize(n * PAGE as usize, 1);
+        std::hint::black_box(&room);
+        let now = Counts::read(&files)?;
+        if now.held.anonymous < last.held.anonymous + PAGE / 1024 || now.since(&last) == 0 {
+            return Ok(false);
+        }
+        last = now;
+    }
+    Ok(true)
+}
