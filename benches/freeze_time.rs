@@ -14,12 +14,13 @@ use criterion::SamplingMode;
 use lab::bench::moves::{Moved, Mover};
 use lab::bench::rows::{FreezeRow, Results};
 use lab::bench::{guarded, leave, short, summary, CannotHere, Stages, Went};
-use lab::Make;
+use lab::{Cmd, Make, Status};
 use std::process::ExitCode;
 use std::time::Duration;
 
-/// A program to move, and how: `roaming, hybrid` is `--mode hybrid`, and `hot, whole`
-/// writes whole pages instead of a word in each.
+/// A program to move, and how: `roaming, hybrid` is `--mode hybrid`, `hot, whole`
+/// writes whole pages instead of a word in each, and `hot, faults` is
+/// `--dirty-tracking faults`.
 type Config = (Make, &'static str, &'static str, u32);
 
 fn configs() -> Vec<Config> {
@@ -45,6 +46,11 @@ fn configs() -> Vec<Config> {
             }
             // Pages of which every byte is another one.
             all.push((make, *pcb, "hot, whole", 64));
+            // Machines of this lab have a kernel that does not tell enough for it.
+            if make == Make::Netns {
+                let large = sizes.iter().filter(|size| **size >= 64);
+                all.extend(large.map(|size| (make, *pcb, "hot, faults", *size)));
+            }
             // Memory that follows later.
             for mode in ["roaming, hybrid", "roaming, post"] {
                 let large = sizes.iter().filter(|size| **size >= 64);
@@ -67,12 +73,21 @@ fn start<'a>(
             return Err(CannotHere("the hosts have no /dev/pmig".into()).into());
         }
         let (mode, how) = mode.split_once(", ").unwrap_or((mode, "auto"));
-        let (how, words) = match how {
-            "whole" => ("auto", 512),
-            how => (how, 1),
+        let (how, words, tracking) = match how {
+            "whole" => ("auto", 512, "auto"),
+            "faults" => ("auto", 1, "faults"),
+            how => (how, 1, "auto"),
         };
+        if tracking != "auto" {
+            let tried = stage
+                .host(0)
+                .exec(&Cmd::new(["tracking", "have", tracking]))?;
+            if tried.status != Status::Code(0) {
+                return Err(CannotHere(tried.err().trim().to_owned()).into());
+            }
+        }
         let line = format!("ticker mode={mode} resident_mb={size} words={words} ticks=1000000000");
-        let more = format!("--pcb {pcb} --mode {how}");
+        let more = format!("--pcb {pcb} --mode {how} --dirty-tracking {tracking}");
         *mover = Some(Mover::start(&stage, &line, &more)?);
     }
     mover.as_mut().context("no program was started")

@@ -25,8 +25,6 @@ const LIMIT: Duration = Duration::from_secs(100);
 /// Options of `pmig migrate` of which each move gets one of the values that its
 /// `--help` names, where there are some.
 const OPTIONS: [&str; 2] = ["--mode", "--dirty-tracking"];
-/// Values that not every kernel knows; namespaces have this machine's.
-const IN_MACHINES: [&str; 2] = ["soft-dirty", "kmod"];
 /// Seeds of one trial on namespaces.
 const SHARE: u64 = 50;
 
@@ -69,6 +67,11 @@ fn trial(make: Make, pcb: &'static str, seeds: Range<u64>) -> Trial {
     Trial::new(make, name, move |lab| all(lab, pcb, seeds.clone())).bare()
 }
 
+fn is_there(host: &dyn Host, how: &str) -> bool {
+    let tried = host.exec(&Cmd::new(["tracking", "have", how]));
+    tried.is_ok_and(|tried| tried.status == Status::Code(0))
+}
+
 /// Tries all seeds, some side by side.
 fn all(lab: &Lab, pcb: &'static str, seeds: Range<u64>) -> Result<()> {
     if pcb == "kmod" && lab.a().sh("test -e /dev/pmig").is_err() {
@@ -77,7 +80,10 @@ fn all(lab: &Lab, pcb: &'static str, seeds: Range<u64>) -> Result<()> {
     let help = lab.a().sh("pmig migrate --help")?;
     let options = OPTIONS.map(|option| {
         let mut values = values(&help, option);
-        values.retain(|value| lab.make() == Make::Vm || !IN_MACHINES.contains(&&**value));
+        if option == "--dirty-tracking" {
+            // Not every kernel has all of them.
+            values.retain(|how| how == "auto" || is_there(lab.a(), how));
+        }
         (option, values)
     });
     let at_once = match lab.make() {

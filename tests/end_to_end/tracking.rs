@@ -1,6 +1,6 @@
 //! What tells the written pages: each means that there is, forced.
 
-use anyhow::{ensure, Result};
+use anyhow::{bail, ensure, Result};
 use lab::harness::{CannotHere, Trial};
 use lab::scenario::{migrate, moves, runs_on, unmoved, Program, Through, Way};
 use lab::{Cmd, Host, Lab, Make, Status};
@@ -45,7 +45,7 @@ const CLAIMS: &[Claim] = &[
 pub fn trials() -> Vec<Trial> {
     let mut trials = Vec::new();
     for make in [Make::Netns, Make::Vm] {
-        for how in ["uffd", "soft-dirty", "kmod", "none"] {
+        for how in ["uffd", "soft-dirty", "faults", "kmod", "none"] {
             for (name, body) in CLAIMS {
                 trials.push(Trial::new(
                     make,
@@ -57,6 +57,11 @@ pub fn trials() -> Vec<Trial> {
                 ));
             }
         }
+        trials.push(Trial::new(
+            make,
+            "tracking::faults::a_program_with_few_hot_pages_is_not_looked_through",
+            not_looked_through,
+        ));
         trials.push(Trial::new(
             make,
             "tracking::what_is_not_there_is_refused_by_name",
@@ -71,10 +76,31 @@ pub fn trials() -> Vec<Trial> {
     trials
 }
 
+/// With few pages written again and again the faults tell which they are, sooner or
+/// later: one that is written for the first time in the last moment they do not.
+fn not_looked_through(lab: &Lab) -> Result<()> {
+    there(lab.a(), "faults")?;
+    let line = "ticker mode=hot resident_mb=64 ticks=20000";
+    let program = Program::start(lab.a(), line)?;
+    program.wait_lines(lab.a(), 10)?;
+    let more = "--files ship --dirty-tracking faults -vv";
+    let mut hosts = (lab.a(), lab.b());
+    for _ in 0..6 {
+        let moved = migrate(hosts.0, hosts.1, &program, more, &[])?;
+        moved.ok()?;
+        hosts = (hosts.1, hosts.0);
+        if moved.output.err().contains("all told: true") {
+            return hosts.0.signal(program.pid, libc::SIGKILL);
+        }
+    }
+    bail!("in none of six moves did the faults tell all")
+}
+
 fn way(how: &str) -> Way {
     let tracking = match how {
         "uffd" => "uffd",
         "soft-dirty" => "soft-dirty",
+        "faults" => "faults",
         "kmod" => "kmod",
         _ => "none",
     };
@@ -111,7 +137,7 @@ fn mirror(lab: &Lab, how: &str) -> Result<()> {
 /// Asks for what this machine has not: nothing is done.
 fn refused(lab: &Lab) -> Result<()> {
     let (a, b) = (lab.a(), lab.b());
-    let missing = ["uffd", "soft-dirty", "kmod"];
+    let missing = ["uffd", "soft-dirty", "faults", "kmod"];
     let missing = missing.iter().find(|how| there(a, how).is_err());
     let Some(how) = missing else {
         return Err(CannotHere("this machine has all of them".into()).into());

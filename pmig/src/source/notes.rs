@@ -38,12 +38,12 @@ pub(super) fn of_terminals(pid: i32, table: &FdTable) -> Result<Vec<String>> {
 /// What the means by which the program's writes are told cannot see.
 pub(super) fn of_tracking(candidates: &[Tracking], table: &FdTable) -> Vec<String> {
     let mut notes = Vec::new();
-    if candidates[0] == Tracking::Kmod {
-        notes.push(
+    if !candidates[0].sees_other_writers() {
+        notes.push(format!(
             "what another process writes into the program's memory (process_vm_writev) may be \
-             lost: --dirty-tracking kmod does not see it"
-                .into(),
-        );
+             lost: --dirty-tracking {} does not see it",
+            candidates[0]
+        ));
     }
     if candidates[0] != Tracking::None && table.reads_past_the_cache() {
         notes.push(

@@ -1,5 +1,6 @@
 //! What the kernel counts of a process's memory.
 
+use std::path::Path;
 use std::sync::OnceLock;
 
 use super::PAGE;
@@ -7,6 +8,9 @@ use crate::error::Result;
 use crate::proc::stat::Stat;
 use crate::proc::status::Held;
 use crate::proc::Kept;
+
+/// Where this machine says which sizes of huge pages there are, and who gets them.
+const HUGE_PAGES: &str = "/sys/kernel/mm/transparent_hugepage";
 
 /// The counters of a process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,4 +64,25 @@ fn try_exactness() -> Result<bool> {
         last = now;
     }
     Ok(true)
+}
+
+/// Whether no fault brings several pages at once to a mapping for which the program
+/// did not ask for that: huge pages of all sizes are off, or for those who ask
+/// (Documentation/admin-guide/mm/transhuge.rst).
+pub(super) fn brings_one_page() -> bool {
+    let few = |path: &Path| {
+        let text = std::fs::read_to_string(path).unwrap_or_default();
+        let chosen = text
+            .split_once('[')
+            .and_then(|(_, rest)| rest.split_once(']'));
+        chosen.is_some_and(|(word, _)| ["never", "madvise", "inherit"].contains(&word))
+    };
+    let all = Path::new(HUGE_PAGES);
+    let Ok(entries) = std::fs::read_dir(all) else {
+        // Without the directory above it nothing is known.
+        return all.parent().is_some_and(Path::is_dir);
+    };
+    let mut files = entries.flatten().map(|entry| entry.path().join("enabled"));
+    // Sizes that only shared memory comes in have no such file.
+    few(&all.join("enabled")) && files.all(|file| !file.exists() || few(&file))
 }

@@ -17,31 +17,24 @@
 //! All that holds where
 //! - a fault makes one page written: no fault brings several anonymous pages at once
 //!   (transparent huge pages of any size, unless the program asked for them);
-//! - what the process holds is told exactly, which kernels before 6.16 do not;
+//! - what the process holds is told exactly, which kernels before 6.16 do not do;
 //! - nobody else writes to its memory (process_vm_writev(2), another's /proc/PID/mem)
-//!   within these milliseconds: such a fault is counted for who writes. As with writes
-//!   in the freeze, it could not know whether it came before the last look.
+//!   within these milliseconds: such a fault is counted for who writes. So it is for who
+//!   asks for it (`--dirty-tracking faults`).
 
 use std::ops::Range;
-use std::path::Path;
 
 use super::{Found, Tracker};
 use crate::error::{Context, Result};
 use crate::proc::Kept;
-use crate::state::memory::counts::{tells_exactly, Counts};
+use crate::state::memory::counts::{brings_one_page, Counts};
 use crate::state::memory::{Ranges, Tracking, PAGE};
 use crate::sys::pagemap::{category, scan, Query};
-
-/// Bytes in memory from which on the counters are read in less time than page tables.
-const LARGE: u64 = 256 << 20;
 
 /// Hot pages, at most: fewer than a huge page has.
 const MOST_PAGES: u64 = 511;
 /// And runs of them.
 const MOST_RUNS: usize = 64;
-
-/// Where this machine says which sizes of huge pages there are, and who gets them.
-const HUGE_PAGES: &str = "/sys/kernel/mm/transparent_hugepage";
 
 /// The hot pages, as looked at.
 struct Hot {
@@ -98,14 +91,8 @@ impl Faults {
 impl Tracker {
     /// Whether [`Tracker::look_closely`] can make the freeze shorter.
     pub fn counts_faults(&self) -> bool {
-        let held: u64 = self.seen.iter().map(|m| m.resident).sum();
-        held >= LARGE && self.can_count_faults()
-    }
-
-    fn can_count_faults(&self) -> bool {
-        self.tracking() == Tracking::Uffd
+        self.tracking() == Tracking::Faults
             && !self.distrusted
-            && tells_exactly()
             && brings_one_page()
             && !self.seen.iter().any(|m| m.has(b"hg"))
     }
@@ -214,27 +201,6 @@ fn within(runs: &[Range<u64>], others: &[Range<u64>]) -> Vec<Range<u64>> {
     runs.iter().flat_map(|r| all.within(r.clone())).collect()
 }
 
-/// Whether no fault brings several pages at once to a mapping for which the program
-/// did not ask for that: huge pages of all sizes are off, or for those who ask
-/// (Documentation/admin-guide/mm/transhuge.rst).
-fn brings_one_page() -> bool {
-    let few = |path: &Path| {
-        let text = std::fs::read_to_string(path).unwrap_or_default();
-        let chosen = text
-            .split_once('[')
-            .and_then(|(_, rest)| rest.split_once(']'));
-        chosen.is_some_and(|(word, _)| ["never", "madvise", "inherit"].contains(&word))
-    };
-    let all = Path::new(HUGE_PAGES);
-    let Ok(entries) = std::fs::read_dir(all) else {
-        // Without the directory above it nothing is known.
-        return all.parent().is_some_and(Path::is_dir);
-    };
-    let mut files = entries.flatten().map(|entry| entry.path().join("enabled"));
-    // Sizes that only shared memory comes in have no such file.
-    few(&all.join("enabled")) && files.all(|file| !file.exists() || few(&file))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -312,13 +278,13 @@ while True:
             out.read_line(&mut String::new()).unwrap();
             let pid = child.0.id() as i32;
             let mut stopped = Stopped::seize(pid).unwrap();
-            let mut tracker = Tracker::attach(&mut stopped, &[Tracking::Uffd]).unwrap();
+            let mut tracker = Tracker::attach(&mut stopped, &[Tracking::Faults]).unwrap();
             stopped.detach().unwrap();
             for _ in 0..3 {
                 let found = tracker.look().unwrap();
                 mark(&mut tracker, &found);
             }
-            let able = tracker.can_count_faults();
+            let able = tracker.counts_faults();
             let mut accounted = 0;
             for n in 0..if able { 150 } else { 0 } {
                 for _ in 0..4 {

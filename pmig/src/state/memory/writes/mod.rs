@@ -15,7 +15,7 @@ use std::fs::File;
 use std::ops::Range;
 use std::str::FromStr;
 
-use super::counts::tells_exactly;
+use super::counts::{brings_one_page, tells_exactly};
 use super::PAGE;
 use crate::error::{Context, Error, Obstacle, Result};
 use crate::proc::smaps::Mapping;
@@ -33,6 +33,9 @@ pub enum Tracking {
     Uffd,
     /// The soft-dirty bits of the page tables (CONFIG_MEM_SOFT_DIRTY).
     SoftDirty,
+    /// As [`Tracking::Uffd`], and the program's page faults are counted: mostly they
+    /// tell at the freeze that there is nothing to look for (Linux 6.16).
+    Faults,
     /// The dirty bits of the page tables, by the kernel module.
     Kmod,
     /// Nothing does: all is sent when the program stands still.
@@ -59,9 +62,10 @@ impl Tracking {
     /// 2.4, 2.5 (0.04 untracked). The module costs the program least, but is not
     /// safe by itself; soft-dirty costs it nothing after the first write, because it
     /// does not forget.
-    pub const ALL: [Tracking; 4] = [
+    pub const ALL: [Tracking; 5] = [
         Tracking::Uffd,
         Tracking::SoftDirty,
+        Tracking::Faults,
         Tracking::Kmod,
         Tracking::None,
     ];
@@ -71,17 +75,23 @@ impl Tracking {
         match self {
             Tracking::Uffd => "uffd",
             Tracking::SoftDirty => "soft-dirty",
+            Tracking::Faults => "faults",
             Tracking::Kmod => "kmod",
             Tracking::None => "none",
         }
     }
 
-    /// Whether `auto` may choose it. The module cannot see who writes past the
-    /// page tables (process_vm_writev(2), a debugger's ptrace(2)), if it is done
-    /// between two looks: whoever asks for it has to know that there is no such
-    /// writer.
+    /// Whether `auto` may choose it. The module cannot see who else writes to the
+    /// program's memory (process_vm_writev(2), a debugger's ptrace(2)), if it is done
+    /// between two looks, and of such a writer the faults are counted elsewhere:
+    /// whoever asks for one of them has to know that there is none.
     fn is_safe(self) -> bool {
-        self != Tracking::Kmod
+        self.sees_other_writers()
+    }
+
+    /// Whether it sees what other processes write into the program.
+    pub fn sees_other_writers(self) -> bool {
+        !matches!(self, Tracking::Kmod | Tracking::Faults)
     }
 
     /// Whether it is there on this machine.
@@ -111,6 +121,22 @@ impl Tracking {
                 Err(e) => no(
                     e,
                     "it needs Linux 6.7 with CONFIG_USERFAULTFD; leave the choice to auto",
+                ),
+            },
+            Tracking::Faults => match probe_uffd() {
+                Ok(()) if !tells_exactly() => no(
+                    "this kernel tells by many pages at once what a process holds".into(),
+                    "it needs Linux 6.16; leave the choice to auto",
+                ),
+                Ok(()) if !brings_one_page() => no(
+                    "here a page fault may bring many pages to any program".into(),
+                    "write madvise to /sys/kernel/mm/transparent_hugepage/enabled, or leave \
+                     the choice to auto",
+                ),
+                Ok(()) => Ok(()),
+                Err(e) => no(
+                    e,
+                    "it needs Linux 6.16 with CONFIG_USERFAULTFD; leave the choice to auto",
                 ),
             },
             Tracking::SoftDirty => match pagemap::has_soft_dirty() {
@@ -174,7 +200,6 @@ fn probe_uffd() -> Result<(), String> {
         .and_then(|fd| uffd::enable_async_wp(&fd))
         .map_err(|e| format!("no asynchronous write protection by userfaultfd: {e}"))?;
     protection::tells_holes();
-    tells_exactly();
     Ok(())
 }
 
@@ -286,7 +311,9 @@ pub(super) fn begin(stopped: &mut Stopped, candidates: &[Tracking]) -> Result<Bo
     let mut last = None;
     for tracking in candidates {
         let begun: Result<Box<dyn Writes>> = match tracking {
-            Tracking::Uffd => Protection::begin(stopped).map(|w| Box::new(w) as _),
+            Tracking::Uffd | Tracking::Faults => {
+                Protection::begin(stopped, *tracking).map(|w| Box::new(w) as _)
+            }
             Tracking::SoftDirty => BySoftDirty::begin(stopped).map(|w| Box::new(w) as _),
             Tracking::Kmod => ByModule::begin(stopped).map(|w| Box::new(w) as _),
             Tracking::None => Nothing::new(stopped.pid()).map(|w| Box::new(w) as _),

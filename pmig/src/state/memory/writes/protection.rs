@@ -22,6 +22,8 @@ use crate::tracee::Stopped;
 pub(in crate::state::memory) struct Protection {
     registered: Registered,
     tells_holes: bool,
+    /// As which of those that use it.
+    tracking: Tracking,
 }
 
 /// What one page table spans, in bytes.
@@ -30,12 +32,13 @@ const TABLE: u64 = 2 << 20;
 impl Protection {
     /// # Errors
     /// The process cannot make a userfaultfd, or not with this feature.
-    pub fn begin(stopped: &mut Stopped) -> Result<Protection> {
+    pub fn begin(stopped: &mut Stopped, tracking: Tracking) -> Result<Protection> {
         let registered = Registered::begin(stopped)?;
         match registered.asynchronous {
             true => Ok(Protection {
                 registered,
                 tells_holes: tells_holes(),
+                tracking,
             }),
             false => Err(Error::bad(
                 "userfaultfd",
@@ -47,7 +50,7 @@ impl Protection {
 
 impl Writes for Protection {
     fn tracking(&self) -> Tracking {
-        Tracking::Uffd
+        self.tracking
     }
 
     fn follows(&self, mapping: &Mapping) -> bool {
