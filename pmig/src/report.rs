@@ -95,7 +95,7 @@ pub struct Facts {
     /// How the PCB is read here: `kmod` or `ptrace`.
     pub pcb: String,
     /// By what it is to be told which pages are written: `uffd`, `soft-dirty`,
-    /// `kmod` or `none`.
+    /// `faults`, `kmod` or `none`.
     pub tracking: String,
 }
 

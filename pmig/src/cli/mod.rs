@@ -287,7 +287,7 @@ pub struct Capture {
     /// How it is told here which pages the program writes: `uffd` (write
     /// protection), `soft-dirty`, `faults` (as `uffd`, and what its page faults tell
     /// need not be looked for at the freeze) and `kmod` (the module's dirty bits), both
-    /// blind to what other processes write into it, `none` (all is copied while it
+    /// for where no other process writes into it, `none` (all is copied while it
     /// stands still), or the best that is safe and there (`auto`).
     #[arg(long, value_name = "HOW", default_value = "auto", value_parser = str::parse::<TrackingChoice>)]
     dirty_tracking: TrackingChoice,

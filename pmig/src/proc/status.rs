@@ -61,6 +61,10 @@ impl Held {
     /// [`Error::Gone`], or [`Error::Bad`] where the text is not a status.
     pub fn again(files: &Kept) -> Result<Held> {
         let text = files.text("status")?;
+        if !text.contains("\nRssAnon:") {
+            // A process that has ended holds nothing.
+            return Err(Error::Gone(files.pid()));
+        }
         let of = |name: &str| {
             let line = text.lines().find_map(|line| line.strip_prefix(name));
             let kb = line.and_then(|rest| rest.trim().strip_suffix(" kB"));

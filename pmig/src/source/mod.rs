@@ -494,6 +494,9 @@ impl<'a> Run<'a> {
 
         // Where nothing but pages can have changed they are looked for while the
         // target restores the rest.
+        if stopped.was_written_to() {
+            b.tracker.doubt();
+        }
         let early = match b.tracker.stands()? {
             true => None,
             false => Some(self.last_look(b, &stopped)?),

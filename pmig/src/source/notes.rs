@@ -40,8 +40,8 @@ pub(super) fn of_tracking(candidates: &[Tracking], table: &FdTable) -> Vec<Strin
     let mut notes = Vec::new();
     if !candidates[0].sees_other_writers() {
         notes.push(format!(
-            "what another process writes into the program's memory (process_vm_writev) may be \
-             lost: --dirty-tracking {} does not see it",
+            "where another process writes into the program's memory (process_vm_writev) \
+             writes may be lost: --dirty-tracking {} does not see it",
             candidates[0]
         ));
     }

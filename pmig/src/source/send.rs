@@ -110,17 +110,17 @@ impl Run<'_> {
     /// come, so that still less is left when the program stops. Of what is to follow
     /// later the target drops what it has.
     pub(super) fn send_meanwhile(&mut self, b: &mut Building) -> Result<()> {
-        if !self.postponed && b.tracker.counts_faults() {
-            for _ in 0..CLOSE_LOOKS {
-                let found = b.tracker.look_closely()?;
-                self.send_found(b, &found)?;
-                if b.tracker.is_accounted() {
-                    break;
-                }
+        let mut looks = 0;
+        while !self.postponed && looks < CLOSE_LOOKS && b.tracker.counts_faults() {
+            interrupt::check()?;
+            let found = b.tracker.look_closely()?;
+            self.send_found(b, &found)?;
+            if b.tracker.is_accounted() {
+                return Ok(());
             }
-            return Ok(());
+            looks += 1;
         }
-        if !self.slow {
+        if !self.slow || looks > 0 {
             return Ok(());
         }
         let mut found = b.tracker.look()?;

@@ -56,6 +56,8 @@ pub struct Stopped {
     /// Signals that came in between, sent again at the end.
     pub(super) held: Vec<i32>,
     pub(super) over: bool,
+    /// It was led out of a restartable sequence, and its memory written to for that.
+    left_section: bool,
     /// How long it may take to stop, or to execute a batch.
     pub(super) patience: Duration,
     pub(super) _thread: PhantomData<*const ()>,
@@ -106,6 +108,7 @@ impl Stopped {
             end: None,
             held: Vec::new(),
             over: false,
+            left_section: false,
             patience: PATIENCE,
             _thread: PhantomData,
         };
@@ -116,11 +119,16 @@ impl Stopped {
         s.mask = ptrace::sigmask(pid).context("read the signal mask of", pid)?;
         let mut regs = s.regs;
         undo_eintr(&mut regs);
-        s.leave_rseq_section(&mut regs);
+        s.left_section = s.leave_rseq_section(&mut regs);
         if regs != s.regs {
             s.set_regs(&regs)?;
         }
         Ok(s)
+    }
+
+    /// Whether its memory was written to when it was stopped.
+    pub(crate) fn was_written_to(&self) -> bool {
+        self.left_section
     }
 
     /// Takes over a process that this thread seized and that stands at a trap,
@@ -145,6 +153,7 @@ impl Stopped {
             end: Some(libc::SIGURG),
             held: Vec::new(),
             over: false,
+            left_section: false,
             patience: PATIENCE,
             _thread: PhantomData,
         })

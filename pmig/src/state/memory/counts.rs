@@ -4,7 +4,8 @@ use std::path::Path;
 use std::sync::OnceLock;
 
 use super::PAGE;
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::proc;
 use crate::proc::stat::Stat;
 use crate::proc::status::Held;
 use crate::proc::Kept;
@@ -16,7 +17,16 @@ const HUGE_PAGES: &str = "/sys/kernel/mm/transparent_hugepage";
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Counts {
     pub faults: u64,
+    pub settled: Settled,
+}
+
+/// What must not have changed meanwhile.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Settled {
     pub held: Held,
+    /// The last PID given out here, and to all that is contained here: a child that
+    /// shares the program's memory (vfork(2)) writes to it by faults of its own.
+    born: i32,
 }
 
 impl Counts {
@@ -25,9 +35,15 @@ impl Counts {
     pub fn read(files: &Kept) -> Result<Counts> {
         // minflt, cminflt, majflt.
         let [minor, _, major] = Stat::again(files)?.fields(10)?;
+        let loads = proc::setting("/proc/loadavg");
+        let born = loads.and_then(|text| text.rsplit(' ').next()?.parse().ok());
+        let unknown = || Error::bad("/proc/loadavg", "tells no PID");
         Ok(Counts {
             faults: minor.wrapping_add(major),
-            held: Held::again(files)?,
+            settled: Settled {
+                held: Held::again(files)?,
+                born: born.ok_or_else(unknown)?,
+            },
         })
     }
 
@@ -58,7 +74,8 @@ fn try_exactness() -> Result<bool> {
         room.resize(n * PAGE as usize, 1);
         std::hint::black_box(&room);
         let now = Counts::read(&files)?;
-        if now.held.anonymous < last.held.anonymous + PAGE / 1024 || now.since(&last) == 0 {
+        let held = |counts: &Counts| counts.settled.held.anonymous;
+        if held(&now) < held(&last) + PAGE / 1024 || now.since(&last) == 0 {
             return Ok(false);
         }
         last = now;

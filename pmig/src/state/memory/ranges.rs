@@ -8,6 +8,12 @@ use std::ops::Range;
 pub struct Ranges(BTreeMap<u64, u64>);
 
 impl Ranges {
+    pub fn of(runs: &[Range<u64>]) -> Ranges {
+        let mut all = Ranges::default();
+        runs.iter().cloned().for_each(|r| all.insert(r));
+        all
+    }
+
     pub fn insert(&mut self, r: Range<u64>) {
         if r.is_empty() {
             return;

@@ -170,14 +170,14 @@ impl Tracker {
     /// Looks while the program runs: what is found counts as clean from then
     /// on, and must be sent.
     pub fn look(&mut self) -> Result<Found> {
-        let mut found = self.look_once()?;
+        let mut found = self.look_once(&[])?;
         self.settle_owed(&mut found);
         self.faults.note(&found);
         Ok(found)
     }
 
-    /// What a look finds by itself.
-    fn look_once(&mut self) -> Result<Found> {
+    /// What a look finds by itself, but for some runs in order.
+    fn look_once(&mut self, but: &[Range<u64>]) -> Result<Found> {
         let (mut found, renewed) = self.list()?;
         if !self.tracks() {
             return Ok(found);
@@ -189,7 +189,8 @@ impl Tracker {
                 self.all_watched = false;
                 continue;
             }
-            self.scan(&vma, dense, &renewed, Then::Clean, &mut found)?;
+            let but = Ranges::of(but).within(vma.range());
+            self.scan(&vma, dense, (&renewed, &but), Then::Clean, &mut found)?;
         }
         Ok(found)
     }
@@ -215,7 +216,7 @@ impl Tracker {
             None => {
                 let (mut found, renewed) = self.list()?;
                 for (vma, dense) in self.private() {
-                    self.scan(&vma, dense, &renewed, Then::Leave, &mut found)?;
+                    self.scan(&vma, dense, (&renewed, &[]), Then::Leave, &mut found)?;
                 }
                 found
             }
@@ -240,9 +241,19 @@ impl Tracker {
         Ok(stands)
     }
 
-    fn compare(&mut self) -> Result<Standing> {
+    fn is_quickly_walked(&self) -> bool {
         let walked: u64 = self.seen.iter().map(|m| m.resident + AS_LONG).sum();
-        if walked <= QUICKLY_WALKED || !self.is_unchanged()? {
+        walked <= QUICKLY_WALKED
+    }
+
+    /// Whether it can be known at the stop that nothing but pages has changed.
+    fn can_be_asked(&self) -> bool {
+        let private = self.layout.vmas.iter().filter(|v| v.is_private());
+        !self.is_quickly_walked() && private.count() <= MOST_ASKED
+    }
+
+    fn compare(&mut self) -> Result<Standing> {
+        if self.is_quickly_walked() || !self.is_unchanged()? {
             return Ok(Standing::Changed);
         }
         let private = || self.layout.vmas.iter().filter(|v| v.is_private());
@@ -426,7 +437,7 @@ impl Tracker {
         &mut self,
         vma: &Vma,
         dense: bool,
-        renewed: &Ranges,
+        (renewed, but): (&Ranges, &[Range<u64>]),
         then: Then,
         found: &mut Found,
     ) -> Result<()> {
@@ -440,13 +451,15 @@ impl Tracker {
             if matches!(vma.backing, Backing::File(_)) {
                 self.find_reverted(range.clone(), found)?;
             }
-            let part = Part {
-                range,
-                dense,
-                sent: &self.sent,
-            };
-            let changed = self.writes.changed(part, then)?;
-            self.categorise(&changed, found)?;
+            for range in without(range.clone(), &Ranges::of(but).within(range)) {
+                let part = Part {
+                    range,
+                    dense,
+                    sent: &self.sent,
+                };
+                let changed = self.writes.changed(part, then)?;
+                self.categorise(&changed, found)?;
+            }
         }
         Ok(())
     }

@@ -18,14 +18,21 @@
 //! - a fault makes one page written: no fault brings several anonymous pages at once
 //!   (transparent huge pages of any size, unless the program asked for them);
 //! - what the process holds is told exactly, which kernels before 6.16 do not do;
-//! - nobody else writes to its memory (process_vm_writev(2), another's /proc/PID/mem)
-//!   within these milliseconds: such a fault is counted for who writes. So it is for who
-//!   asks for it (`--dirty-tracking faults`).
+//! - no process is born meanwhile, for a child may share the memory (vfork(2));
+//! - equal pages are not merged (MADV_MERGEABLE), which makes them written;
+//! - nobody else writes to its memory (process_vm_writev(2), another's /proc/PID/mem).
+//!   The faults of such a one are its own, so a write of it may be lost, and one of the
+//!   program's as well, which it makes up for in the count;
+//! - nothing is guarded (MADV_GUARD_INSTALL) where nothing is, in the last moment.
+//!
+//! All but the last two are looked at, and in doubt is all memory. For those it is for
+//! who asks for it (`--dirty-tracking faults`).
 
 use std::ops::Range;
 
 use super::{Found, Tracker};
 use crate::error::{Context, Result};
+use crate::proc::smaps::Mapping;
 use crate::proc::Kept;
 use crate::state::memory::counts::{brings_one_page, Counts};
 use crate::state::memory::{Ranges, Tracking, PAGE};
@@ -48,6 +55,8 @@ pub(super) struct Faults {
     files: Kept,
     /// What was written lately, if it is little.
     recent: Ranges,
+    /// The last look found more than can be hot.
+    many: bool,
     /// All but the hot pages, which are `recent`, has been clean since.
     since: Option<Counts>,
 }
@@ -57,6 +66,7 @@ impl Faults {
         Faults {
             files: Kept::of(pid),
             recent: Ranges::default(),
+            many: false,
             since: None,
         }
     }
@@ -64,37 +74,34 @@ impl Faults {
     /// A look found this.
     pub fn note(&mut self, found: &Found) {
         self.since = None;
-        let mut all = Ranges::default();
-        found.pages.iter().cloned().for_each(|r| all.insert(r));
-        let fits = |all: &Ranges| all.len() <= MOST_PAGES * PAGE && all.iter().count() <= MOST_RUNS;
-        if !fits(&all) {
-            self.recent = Ranges::default();
-            return;
-        }
+        let new = Ranges::of(&found.pages);
+        let mut all = Ranges::of(&found.pages);
         // What is written now and then is hot as well.
         self.recent.iter().for_each(|r| all.insert(r));
-        if fits(&all) {
-            self.recent = all;
-        } else {
-            self.forget(found);
-        }
+        self.many = !is_little(&new);
+        self.recent = match (self.many, is_little(&all)) {
+            (true, _) => Ranges::default(),
+            (_, true) => all,
+            _ => new,
+        };
     }
+}
 
-    /// Only what was found now counts as hot.
-    fn forget(&mut self, found: &Found) {
-        self.recent = Ranges::default();
-        let pages = found.pages.iter().cloned();
-        pages.for_each(|r| self.recent.insert(r));
-    }
+fn is_little(pages: &Ranges) -> bool {
+    pages.len() <= MOST_PAGES * PAGE && pages.iter().count() <= MOST_RUNS
 }
 
 impl Tracker {
     /// Whether [`Tracker::look_closely`] can make the freeze shorter.
     pub fn counts_faults(&self) -> bool {
+        let odd = |m: &Mapping| m.has(b"hg") || m.has(b"mg");
         self.tracking() == Tracking::Faults
             && !self.distrusted
+            && !self.faults.many
+            && self.all_watched
+            && self.can_be_asked()
             && brings_one_page()
-            && !self.seen.iter().any(|m| m.has(b"hg"))
+            && !self.seen.iter().any(odd)
     }
 
     /// As [`Tracker::look`], right before the program is stopped: afterwards it may be
@@ -110,28 +117,29 @@ impl Tracker {
         let nothing_owed = self.owed.is_empty();
         let before = Counts::read(&self.faults.files)?;
         let first = self.look_at(&hot, true)?;
-        let mut found = self.look_once()?;
+        // Looked at here as well a page could count twice.
+        let mut found = self.look_once(&hot)?;
         let second = self.look_at(&hot, true)?;
         let now = Counts::read(&self.faults.files)?;
 
-        let counted = bytes(&within(&found.pages, &hot)) + bytes(&second.written);
         let known = first.plain
             && second.plain
             && nothing_owed
             && self.all_watched
             && found.steps.is_empty()
-            && now.held == before.held
-            && now.since(&before) * PAGE == counted;
+            && now.settled == before.settled
+            && now.since(&before) * PAGE == bytes(&second.written);
         for run in first.written.into_iter().chain(second.written) {
             self.owed.insert(run);
         }
         self.settle_owed(&mut found);
         self.faults.note(&found);
+        if !first.plain || !second.plain {
+            self.faults.recent = Ranges::default();
+            self.faults.note(&found);
+        }
         // What was found besides was there and clean by now too, and counts as hot.
         self.faults.since = known.then_some(now);
-        if !first.plain || !second.plain {
-            self.faults.forget(&found);
-        }
         Ok(found)
     }
 
@@ -139,6 +147,11 @@ impl Tracker {
     /// pages.
     pub fn is_accounted(&self) -> bool {
         self.faults.since.is_some()
+    }
+
+    /// Somebody else wrote to its memory since: what the faults tell is not believed.
+    pub fn doubt(&mut self) {
+        self.faults.since = None;
     }
 
     /// What was written since, of a program that stands still and whose mappings are
@@ -152,7 +165,7 @@ impl Tracker {
         let hot = self.look_at(&hot, false)?;
         let known = hot.plain
             && !self.distrusted
-            && now.held == before.held
+            && now.settled == before.settled
             && now.since(&before) * PAGE == bytes(&hot.written);
         tracing::debug!(
             "{} faults, {} bytes of hot pages written; all told: {known}",
@@ -192,13 +205,6 @@ impl Tracker {
 
 fn bytes(runs: &[Range<u64>]) -> u64 {
     runs.iter().map(|r| r.end - r.start).sum()
-}
-
-/// What of some runs lies within others.
-fn within(runs: &[Range<u64>], others: &[Range<u64>]) -> Vec<Range<u64>> {
-    let mut all = Ranges::default();
-    others.iter().cloned().for_each(|r| all.insert(r));
-    runs.iter().flat_map(|r| all.within(r.clone())).collect()
 }
 
 #[cfg(test)]
@@ -302,7 +308,9 @@ while True:
                 if let Some(written) = told {
                     accounted += 1;
                     assert!(found.is_of_pages(), "seed {seed}, {n}: {found:x?}");
-                    let known = within(&found.pages, &written);
+                    let written = Ranges::of(&written);
+                    let known = found.pages.iter().flat_map(|r| written.within(r.clone()));
+                    let known: Vec<Range<u64>> = known.collect();
                     assert_eq!(bytes(&known), found.bytes(), "seed {seed}, {n}: {found:x?}");
                 }
             }
@@ -310,7 +318,7 @@ while True:
                 eprintln!("skipped: this kernel does not tell exactly what a process holds");
                 return;
             }
-            assert!(accounted > 15, "seed {seed}: {accounted} times of 150");
+            assert!(accounted > 5, "seed {seed}: {accounted} times of 150");
         }
     }
 }

@@ -124,14 +124,14 @@ impl Tracking {
                 ),
             },
             Tracking::Faults => match probe_uffd() {
-                Ok(()) if !tells_exactly() => no(
-                    "this kernel tells by many pages at once what a process holds".into(),
-                    "it needs Linux 6.16; leave the choice to auto",
-                ),
                 Ok(()) if !brings_one_page() => no(
                     "here a page fault may bring many pages to any program".into(),
                     "write madvise to /sys/kernel/mm/transparent_hugepage/enabled, or leave \
                      the choice to auto",
+                ),
+                Ok(()) if !tells_exactly() => no(
+                    "this kernel tells by many pages at once what a process holds".into(),
+                    "it needs Linux 6.16; leave the choice to auto",
                 ),
                 Ok(()) => Ok(()),
                 Err(e) => no(
@@ -222,7 +222,7 @@ impl FromStr for TrackingChoice {
         }
         let one = Tracking::ALL.into_iter().find(|t| t.name() == s);
         one.map(TrackingChoice::Only)
-            .ok_or_else(|| format!("{s}: there are auto, uffd, soft-dirty, kmod and none"))
+            .ok_or_else(|| format!("{s}: there are auto, uffd, soft-dirty, faults, kmod and none"))
     }
 }
 
