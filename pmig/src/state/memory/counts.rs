@@ -18,6 +18,8 @@ const HUGE_PAGES: &str = "/sys/kernel/mm/transparent_hugepage";
 pub(super) struct Counts {
     pub faults: u64,
     pub settled: Settled,
+    /// It has no child: none was born before that writes to its memory still.
+    pub childless: bool,
 }
 
 /// What must not have changed meanwhile.
@@ -38,7 +40,10 @@ impl Counts {
         let loads = proc::setting("/proc/loadavg");
         let born = loads.and_then(|text| text.rsplit(' ').next()?.parse().ok());
         let unknown = || Error::bad("/proc/loadavg", "tells no PID");
+        // Behind the last PID: who is born later changes that.
+        let children = files.read(format!("task/{}/children", files.pid()));
         Ok(Counts {
+            childless: children.is_ok_and(|all| all.is_empty()),
             faults: minor.wrapping_add(major),
             settled: Settled {
                 held: Held::again(files)?,

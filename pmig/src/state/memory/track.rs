@@ -170,14 +170,16 @@ impl Tracker {
     /// Looks while the program runs: what is found counts as clean from then
     /// on, and must be sent.
     pub fn look(&mut self) -> Result<Found> {
-        let mut found = self.look_once(&[])?;
+        let mut found = self.look_once(&Ranges::default())?;
         self.settle_owed(&mut found);
-        self.faults.note(&found);
+        if self.tracking() == Tracking::Faults {
+            self.faults.note(&found);
+        }
         Ok(found)
     }
 
-    /// What a look finds by itself, but for some runs in order.
-    fn look_once(&mut self, but: &[Range<u64>]) -> Result<Found> {
+    /// What a look finds by itself, but for some runs.
+    fn look_once(&mut self, but: &Ranges) -> Result<Found> {
         let (mut found, renewed) = self.list()?;
         if !self.tracks() {
             return Ok(found);
@@ -189,8 +191,7 @@ impl Tracker {
                 self.all_watched = false;
                 continue;
             }
-            let but = Ranges::of(but).within(vma.range());
-            self.scan(&vma, dense, (&renewed, &but), Then::Clean, &mut found)?;
+            self.scan(&vma, dense, (&renewed, but), Then::Clean, &mut found)?;
         }
         Ok(found)
     }
@@ -215,8 +216,9 @@ impl Tracker {
             Some(found) => found,
             None => {
                 let (mut found, renewed) = self.list()?;
+                let all = (&renewed, &Ranges::default());
                 for (vma, dense) in self.private() {
-                    self.scan(&vma, dense, (&renewed, &[]), Then::Leave, &mut found)?;
+                    self.scan(&vma, dense, all, Then::Leave, &mut found)?;
                 }
                 found
             }
@@ -437,7 +439,7 @@ impl Tracker {
         &mut self,
         vma: &Vma,
         dense: bool,
-        (renewed, but): (&Ranges, &[Range<u64>]),
+        (renewed, but): (&Ranges, &Ranges),
         then: Then,
         found: &mut Found,
     ) -> Result<()> {
@@ -451,7 +453,7 @@ impl Tracker {
             if matches!(vma.backing, Backing::File(_)) {
                 self.find_reverted(range.clone(), found)?;
             }
-            for range in without(range.clone(), &Ranges::of(but).within(range)) {
+            for range in without(range.clone(), &but.within(range)) {
                 let part = Part {
                     range,
                     dense,

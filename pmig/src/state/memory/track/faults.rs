@@ -18,7 +18,8 @@
 //! - a fault makes one page written: no fault brings several anonymous pages at once
 //!   (transparent huge pages of any size, unless the program asked for them);
 //! - what the process holds is told exactly, which kernels before 6.16 do not do;
-//! - no process is born meanwhile, for a child may share the memory (vfork(2));
+//! - it has no child, and no process is born meanwhile: a child may share the memory
+//!   (vfork(2));
 //! - equal pages are not merged (MADV_MERGEABLE), which makes them written;
 //! - nobody else writes to its memory (process_vm_writev(2), another's /proc/PID/mem).
 //!   The faults of such a one are its own, so a write of it may be lost, and one of the
@@ -74,21 +75,25 @@ impl Faults {
     /// A look found this.
     pub fn note(&mut self, found: &Found) {
         self.since = None;
-        let new = Ranges::of(&found.pages);
-        let mut all = Ranges::of(&found.pages);
+        self.many = !is_little(&found.pages);
+        if self.many {
+            self.recent = Ranges::default();
+            return;
+        }
         // What is written now and then is hot as well.
+        let mut all = Ranges::of(&found.pages);
         self.recent.iter().for_each(|r| all.insert(r));
-        self.many = !is_little(&new);
-        self.recent = match (self.many, is_little(&all)) {
-            (true, _) => Ranges::default(),
-            (_, true) => all,
-            _ => new,
+        let little = is_little(&all.iter().collect::<Vec<_>>());
+        self.recent = if little {
+            all
+        } else {
+            Ranges::of(&found.pages)
         };
     }
 }
 
-fn is_little(pages: &Ranges) -> bool {
-    pages.len() <= MOST_PAGES * PAGE && pages.iter().count() <= MOST_RUNS
+fn is_little(runs: &[Range<u64>]) -> bool {
+    runs.len() <= MOST_RUNS && bytes(runs) <= MOST_PAGES * PAGE
 }
 
 impl Tracker {
@@ -118,13 +123,14 @@ impl Tracker {
         let before = Counts::read(&self.faults.files)?;
         let first = self.look_at(&hot, true)?;
         // Looked at here as well a page could count twice.
-        let mut found = self.look_once(&hot)?;
+        let mut found = self.look_once(&Ranges::of(&hot))?;
         let second = self.look_at(&hot, true)?;
         let now = Counts::read(&self.faults.files)?;
 
         let known = first.plain
             && second.plain
             && nothing_owed
+            && before.childless
             && self.all_watched
             && found.steps.is_empty()
             && now.settled == before.settled
