@@ -46,7 +46,7 @@ fn configs() -> Vec<Config> {
             }
             // Pages of which every byte is another one.
             all.push((make, *pcb, "hot, whole", 64));
-            // Machines of this lab have a kernel that does not tell enough for it.
+            // This lab's machines hand out huge pages to any program: refused there.
             if make == Make::Netns {
                 let large = sizes.iter().filter(|size| **size >= 64);
                 all.extend(large.map(|size| (make, *pcb, "hot, faults", *size)));
